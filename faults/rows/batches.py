@@ -11,6 +11,8 @@ from faults.lab import Lab, Row
 from faults.rows.inputs import COMMON
 
 BATCH: Final = 16
+PAUSE_S: Final = 0.05
+"""Between two batches: these rows are about their answers, and row 14 about load."""
 
 
 async def _rounds(lab: Lab, model: str, rounds: int, poisoned: int) -> None:
@@ -28,6 +30,7 @@ async def _rounds(lab: Lab, model: str, rounds: int, poisoned: int) -> None:
                 caller, text_ = (sick, f"{text} {bundles.POISON}") if bad else (healthy, text)
                 sent.append(asyncio.create_task(caller.infer(model, text_)))
             ends = await asyncio.gather(*sent)
+            await asyncio.sleep(PAUSE_S)
             lab.injected["poisoned requests"] += poisoned
             lab.injected["batches"] += 1
             for at, end in enumerate(ends):

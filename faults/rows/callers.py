@@ -16,12 +16,16 @@ from faults.history import Recorder
 from faults.lab import WITHIN_DEADLINE, Lab, Row, Setup
 from faults.wire import Wire
 
-QUEUED: Final = Setup(models=(bundles.CANARY, bundles.TINY, bundles.HEAVY), flags=("--instances", "1"))
-"""Of rows that need a queue: one run at a time of a model whose runs take some ten milliseconds."""
+QUEUED: Final = Setup(
+    models=(bundles.CANARY, bundles.TINY, bundles.HEAVY), flags=("--instances", "1", "--wide-threads", "1")
+)
+"""Of rows that need a queue: one run at a time of a model whose runs take some ten milliseconds on one core."""
 REFUSING: Final = Setup(failpoints=("unavailable",), isolation="none")
 HERD: Final = Setup(models=(bundles.CANARY, bundles.TINY, bundles.HEAVY), starts=False)
 PAUSE_S: Final = 0.05
 """Mean pause of each caller of row 15 between two calls: together, they make at most 320 a second."""
+HERD_S: Final = 2.0
+"""Longest pause of a thousand callers that wait for a server to start: it is refusing one of them each millisecond."""
 LATE_S: Final = 0.025
 """A wait beyond every deadline of row 13, and a bound of a bucket of the server's histogram."""
 COLD: Final = frozenset({"OK", "UNAVAILABLE", "RESOURCE_EXHAUSTED:OVERLOADED"})
@@ -138,7 +142,7 @@ async def herd(lab: Lab) -> None:
             if end.code == "OK":
                 answered.append(end.at_s)
                 return
-            await asyncio.sleep(float(lab.random.uniform(0.1, 0.4)))
+            await asyncio.sleep(float(lab.random.uniform(0.0, HERD_S * count / 1_000)))
 
     wires = [Wire(lab.sink, f"herd {number}", f"127.0.0.1:{port}") for number in range(count)]
     lab.allowed |= {f"herd {number}": COLD for number in range(count)}
@@ -150,7 +154,7 @@ async def herd(lab: Lab) -> None:
     lab.bench.service.resume(bundles.TINY, time.monotonic())
     lab.injected["channels"] = count
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             await asyncio.gather(*waiting)
         offset = time.monotonic() - time.time()  # noqa: TID251 - the log has the wall clock
         stamps = [one["timestamp"] for one in server.events() if one["event"] == "model ready"]

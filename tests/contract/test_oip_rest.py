@@ -22,7 +22,7 @@ from attnserve.oip import open_inference_pb2 as oip
 from attnserve_server.app import Application
 from attnserve_server.config import Settings
 from attnserve_server.domain.errors import Overloaded
-from attnserve_server.model.manifest import OutputSpec
+from attnserve_server.model.manifest import InputSpec, OutputSpec
 from attnserve_server.model.repository import write_bundle
 from attnserve_server.observability.spec import HTTP_REQUESTS
 from attnserve_server.transport.oip.layout import TIMINGS
@@ -467,6 +467,42 @@ async def test_half_precision_is_answered_as_bytes_alone(wild: Application) -> N
     chosen[1]["parameters"] = {"binary_data": True}
     found = outputs_of(await post(wild, as_json(outputs=chosen), path))
     assert found["half"].tobytes() == found["embedding"].astype(np.float16).tobytes()
+
+
+@pytest.fixture
+async def echo(settings: Settings, tmp_path: Path) -> AsyncIterator[Application]:
+    """A server of a model that returns its input, float32 of shape (batch, 3)."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "echo", ends[:1], ends[1:])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "echo.onnx"
+    )
+    manifest = tiny_manifest("echo").model_copy(
+        update={
+            "text": None,
+            "sites": (),
+            "axes": (),
+            "inputs": (InputSpec(name="x", dtype="float32", shape=(3,)),),
+            "outputs": (OutputSpec(name="y", dtype="float32", shape=(3,)),),
+        }
+    )
+    write_bundle(tmp_path / "models", manifest, {"model.onnx": tmp_path / "echo.onnx"})
+    server = Application(settings.model_copy(update={"repository": tmp_path / "models"}))
+    await server.start()
+    yield server
+    await server.aclose()
+
+
+async def test_bfloat16_is_read_from_bytes_as_the_upper_half_of_a_float32(echo: Application) -> None:
+    upper = np.array([[0x3F80, 0xC049, 0x0001], [0x7F7F, 0x8000, 0x3DCD]], np.uint16)  # 1.0, -3.14, the least, ...
+    wanted = (upper.astype(np.uint32) << 16).view(np.float32)
+    given = {"name": "x", "shape": [2, 3], "datatype": "BF16", "parameters": {"binary_data_size": upper.nbytes}}
+    body, headers = with_bytes({"inputs": [given], "parameters": {"binary_data_output": True}}, upper.tobytes())
+    over_http = outputs_of(await call(echo.rest_port, "POST", "/v2/models/echo/infer", body, headers))
+    message = oip.ModelInferRequest(model_name="echo", raw_input_contents=[upper.tobytes()])
+    message.inputs.add(name="x", datatype="BF16", shape=[2, 3])
+    answer = await over_grpc(echo, "ModelInfer", message, oip.ModelInferResponse)
+    assert over_http["y"].tobytes() == answer.raw_output_contents[0] == wanted.tobytes()
 
 
 async def test_numbers_that_json_does_not_have_are_strings(wild: Application) -> None:

@@ -16,8 +16,7 @@ from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from attnserve_server.transport.rpc import Context
-from attnserve_server.transport.servicer import RpcMetrics, send
-from attnserve_server.transport.wire import receive
+from attnserve_server.transport.servicer import RpcMetrics, receive_aside, send
 
 REFLECTION: Final = ("grpc.reflection.v1alpha.ServerReflection", "grpc.reflection.v1.ServerReflection")
 """The service under both of its names. The messages of both are equal on the wire."""
@@ -86,7 +85,7 @@ async def _reflect(servicer: Any, _: object, context: Context) -> None:
             data: Any = await context.read()
             if data is grpc.aio.EOF:
                 return
-            yield receive(reflection_pb2.ServerReflectionRequest, data).message
+            yield (await receive_aside(reflection_pb2.ServerReflectionRequest, data)).message
 
     async for answer in servicer.ServerReflectionInfo(requests(), context):
         if not await send(context, answer.SerializeToString()):
@@ -94,7 +93,7 @@ async def _reflect(servicer: Any, _: object, context: Context) -> None:
 
 
 async def _look_up(name: str, data: bytes, context: Context) -> bytes:
-    request = receive(getattr(channelz_pb2, f"{name}Request"), data).message
+    request = (await receive_aside(getattr(channelz_pb2, f"{name}Request"), data)).message
     answer = await getattr(channelz.aio.ChannelzServicer, name)(request, _Unset())
     if answer is None:
         await context.abort(grpc.StatusCode.NOT_FOUND, f"{name}: there is none of this id, or no more")

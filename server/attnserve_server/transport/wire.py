@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ _MAX_TENSORS: Final = 2**13
 """From this many tensors on the message holds their data: a view of each would take more memory than the data."""
 _MAX_FIELDS: Final = 10_000
 """Fields of a message that are searched for one field, or for one that is not UTF-8: the search runs in Python."""
+_TURN_FIELDS: Final = 256
+"""Fields after which a scan in a thread of its own lets other threads run: half a millisecond. Otherwise each of them
+waits for the interpreter's switch interval, 5 ms, several times in a call."""
 _STRING: Final = descriptor_pb2.FieldDescriptorProto.TYPE_STRING
 _BYTES: Final = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
 _RAW: Final = open_inference_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
@@ -102,26 +106,27 @@ class Received(Generic[M]):
         return Received(inner, self.size, self._views)
 
 
-def receive(kind: type[M], data: bytes, most: float = math.inf) -> Received[M]:
+def receive(kind: type[M], data: bytes, most: float = math.inf, *, aside: bool = False) -> Received[M]:
     """Parse a message; tensor data of a long one is not copied.
 
     A message of at most `MAX_STRUCTURE_BYTES` is parsed whole, because copying its data twice takes less time than
-    scanning it.
+    scanning it. `aside`: in a thread of its own, which lets others run in between.
 
     Raises:
         NotAMessage: `data` is no message of this kind.
         InvalidRequest: With each string that is not UTF-8, or the field that exceeds `MAX_STRUCTURE_BYTES`. Also if
             only a part of the message was searched for such strings, because it has more than `_MAX_FIELDS` fields.
-        ManyFields: The scan meets more than `most`.
+        ManyFields: A scan, or the search for a string that is not UTF-8, meets more than `most` and is not `aside`.
     """
-    short, views = (data, []) if len(data) <= MAX_STRUCTURE_BYTES else _Scan(data, most).without_data(kind.DESCRIPTOR)
+    turns = _Turns(most, aside=aside)
+    short, views = (data, []) if len(data) <= MAX_STRUCTURE_BYTES else _Scan(data, turns).without_data(kind.DESCRIPTOR)
     try:
         return Received(kind.FromString(short), len(data), views)
     except message.DecodeError:
         pass
     violations = Violations()
     budget = repeat(None, _MAX_FIELDS)
-    violations.extend(_not_utf8(data, 0, len(data), kind.DESCRIPTOR, "", budget))
+    violations.extend(_not_utf8(data, 0, len(data), kind.DESCRIPTOR, "", budget, turns))
     violations.raise_any()
     name = kind.DESCRIPTOR
     if not length_hint(budget):
@@ -144,11 +149,29 @@ class _TooMuchStructure(Exception):
     """`MAX_STRUCTURE_BYTES` is exceeded in the field of this path."""
 
 
+class _Turns:
+    """Counts the fields that one thread reads: on the event loop up to `most`, in a thread aside with pauses."""
+
+    __slots__ = ("_aside", "_left")
+
+    def __init__(self, most: float, *, aside: bool) -> None:
+        self._aside, self._left = aside, _TURN_FIELDS if aside else most
+
+    def count(self) -> None:
+        """Count a field. Raises ManyFields if too many were read."""
+        self._left -= 1
+        if self._left < 0:
+            if not self._aside:
+                raise ManyFields
+            self._left = _TURN_FIELDS
+            time.sleep(0)  # releases the interpreter
+
+
 class _Scan:
     """One pass over a message: bounds its structure and takes tensor data out of it."""
 
-    def __init__(self, data: bytes, most: float) -> None:
-        self._data, self._fields_left = data, most
+    def __init__(self, data: bytes, turns: _Turns) -> None:
+        self._data, self._count = data, turns.count
         self._view = memoryview(data)
         self._left = MAX_STRUCTURE_BYTES
         self._found: list[memoryview] = []
@@ -176,9 +199,7 @@ class _Scan:
             field = kind.fields_by_number.get(number)
             where = path if field is None else f"{path}{field.name}"
             self._left -= max(content - at, _FIELD_BYTES)
-            self._fields_left -= 1
-            if self._fields_left < 0:
-                raise ManyFields
+            self._count()
             changed: list[memoryview | bytes] = []
             if wire_type == DELIMITED and field is not None and field.message_type is not None:
                 known = len(self._found)
@@ -202,7 +223,7 @@ class _Scan:
 
 
 def _not_utf8(
-    data: bytes, begin: int, end: int, kind: Any, path: str, budget: Iterator[None]
+    data: bytes, begin: int, end: int, kind: Any, path: str, budget: Iterator[None], turns: _Turns
 ) -> Iterator[FieldViolation]:
     """Yield the strings in data[begin:end], a message of the descriptor `kind`, that are not UTF-8.
 
@@ -210,13 +231,14 @@ def _not_utf8(
     """
     seen: Counter[int] = Counter()
     for (number, wire_type, content, after), _ in zip(fields(data, begin, end), budget, strict=False):
+        turns.count()
         field = kind.fields_by_number.get(number)
         if field is None or wire_type != DELIMITED:
             continue
         where = f"{path}{field.name}[{seen[number]}]" if field.is_repeated else f"{path}{field.name}"
         seen[number] += 1
         if field.message_type is not None:
-            yield from _not_utf8(data, content, after, field.message_type, f"{where}.", budget)
+            yield from _not_utf8(data, content, after, field.message_type, f"{where}.", budget, turns)
         elif field.type == _STRING:
             try:
                 data[content:after].decode()

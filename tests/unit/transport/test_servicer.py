@@ -28,9 +28,9 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the threads that read messages."""
     found: list[str] = []
 
-    def receive_here(*arguments: Any) -> Any:
+    def receive_here(*arguments: Any, **options: Any) -> Any:
         found.append(threading.current_thread().name)
-        return receive(*arguments)
+        return receive(*arguments, **options)
 
     monkeypatch.setattr(servicer, "receive", receive_here)
     return found
@@ -72,6 +72,24 @@ async def test_several_long_scans_share_one_thread(threads: list[str]) -> None:
 async def test_refusal_of_a_long_scan_reaches_its_caller() -> None:
     with pytest.raises(InvalidRequest, match="no text or tensor data"):
         await receive_aside(pb.InferRequest, b"\x1a\x00" * MAX_STRUCTURE_BYTES)
+
+
+async def test_strings_that_are_not_utf8_are_searched_in_a_thread_where_there_are_many_fields(
+    threads: list[str],
+) -> None:
+    short = b"\x1a\x00" * (QUICK_FIELDS + 1) + b"\x0a\x01\xff"  # empty sequences, and a model that is not UTF-8
+    assert len(short) < MAX_STRUCTURE_BYTES
+    with pytest.raises(InvalidRequest, match="model: not UTF-8"):
+        await receive_aside(pb.InferRequest, short)
+    assert threads == [threading.current_thread().name, "scan_0"]
+
+
+async def test_a_long_scan_lets_other_threads_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[str] = []
+    monkeypatch.setattr(wire.time, "sleep", lambda _: rests.append(threading.current_thread().name))
+    await receive_aside(pb.InferRequest, MANY.SerializeToString())
+    assert set(rests) == {"scan_0"}
+    assert len(rests) >= 4096 // 256
 
 
 def test_scan_ends_at_its_limit_of_fields() -> None:

@@ -20,11 +20,10 @@ from attnserve_server.transport.oip import calls, describe, repository
 from attnserve_server.transport.oip.messages import encoded, wanted_of
 from attnserve_server.transport.oip.usual import usual_of
 from attnserve_server.transport.rpc import Context, UnaryCalls, remaining_s, turns_of
-from attnserve_server.transport.servicer import Failure, RpcMetrics, parsed
+from attnserve_server.transport.servicer import Failure, RpcMetrics, parsed, receive_aside
 from attnserve_server.transport.timings import Clocked
 from attnserve_server.transport.unread import Unread
 from attnserve_server.transport.validation import check_request_id
-from attnserve_server.transport.wire import receive
 
 SERVICE: Final = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 INFER: Final = "ModelInfer"
@@ -52,7 +51,7 @@ class OipServicer(UnaryCalls):
         self._models = models
 
     async def _infer(self, data: bytes, context: Context) -> bytes:
-        received = receive(oip.ModelInferRequest, data)
+        received = await receive_aside(oip.ModelInferRequest, data)
         message = received.message
         own_id = message.id
         if own_id:

@@ -25,12 +25,12 @@ from attnserve_server.transport.oip.messages import encoded, failed, streamed, w
 from attnserve_server.transport.oip.servicer import STREAM
 from attnserve_server.transport.oip.usual import usual_of
 from attnserve_server.transport.rpc import Context, remaining_s, turns_of
-from attnserve_server.transport.servicer import UNLOGGED, log_failure, send
+from attnserve_server.transport.servicer import UNLOGGED, log_failure, receive_aside, send
 from attnserve_server.transport.status import code_of, status_of
 from attnserve_server.transport.timings import Clocked
 from attnserve_server.transport.unread import Held
 from attnserve_server.transport.validation import check_request_id, is_request_id
-from attnserve_server.transport.wire import find_field, receive
+from attnserve_server.transport.wire import find_field
 
 
 class OipStream:
@@ -89,7 +89,7 @@ class OipStream:
         own_id = ""
         taken = 0
         try:
-            received = receive(oip.ModelInferRequest, data)
+            received = await receive_aside(oip.ModelInferRequest, data)
             own_id = received.message.id
             if own_id:
                 check_request_id(own_id)
