@@ -42,7 +42,7 @@ _MAX_TENSORS: Final = 2**13
 _MAX_FIELDS: Final = 10_000
 """Fields of a message that are searched for one field, or for one that is not UTF-8: the search runs in Python."""
 _TURN_FIELDS: Final = 256
-"""Fields after which a scan in a thread of its own lets other threads run: half a millisecond. Otherwise each of them
+"""Fields after which a scan in a separate thread lets other threads run: half a millisecond. Otherwise each of them
 waits for the interpreter's switch interval, 5 ms, several times in a call."""
 _STRING: Final = descriptor_pb2.FieldDescriptorProto.TYPE_STRING
 _BYTES: Final = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
@@ -110,7 +110,7 @@ def receive(kind: type[M], data: bytes, most: float = math.inf, *, aside: bool =
     """Parse a message; tensor data of a long one is not copied.
 
     A message of at most `MAX_STRUCTURE_BYTES` is parsed whole, because copying its data twice takes less time than
-    scanning it. `aside`: in a thread of its own, which lets others run in between.
+    scanning it. `aside`: in a separate thread, which lets others run in between.
 
     Raises:
         NotAMessage: `data` is no message of this kind.
