@@ -62,12 +62,15 @@ def line(outcome: Outcome) -> str:
     return told
 
 
-async def run(rows: Sequence[Row], plan: Plan) -> list[Outcome]:
-    """Run rows, those that share a setup on the same servers, and print each."""
+async def run(rows: Sequence[Row], plan: Plan, results: Path | None) -> list[Outcome]:
+    """Run rows, those that share a setup on the same servers. Print each, and write all so far as JSON."""
     outcomes: list[Outcome] = []
+    begun = time.monotonic()
 
     def done(outcome: Outcome) -> None:
         outcomes.append(outcome)
+        if results is not None:
+            results.write_text(as_json(outcomes, plan, time.monotonic() - begun))
         say(line(outcome))
         for problem in outcome.problems[:SHOWN]:
             say(f"     {problem}")
@@ -146,6 +149,20 @@ def machine() -> dict[str, Any]:
     }
 
 
+def as_json(outcomes: Sequence[Outcome], plan: Plan, seconds: float) -> str:
+    """Return the results of rows as JSON, in the order of their numbers."""
+    facts = {
+        "seed": plan.seed,
+        "full": plan.full,
+        "isolation": plan.isolation,
+        "seconds": round(seconds),
+        "floor_ms": lab.FLOOR_S * 1e3,
+        **machine(),
+        "rows": [one.facts() for one in sorted(outcomes, key=lambda one: one.number)],
+    }
+    return json.dumps(facts, indent=2, default=float) + "\n"
+
+
 def arguments() -> argparse.Namespace:
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(
@@ -155,7 +172,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="the counts of the table; a row that is absent fails")
     parser.add_argument("--isolation", choices=("none", "process"), default="none", help="of servers that allow both")
     parser.add_argument("--seed", type=int, default=1, help="of all that is random; default: 1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON, after each row")
     parser.add_argument("--folder", type=Path, help="for logs and histories; default: a new one, removed if all holds")
     parser.add_argument("--list", action="store_true", help="print the rows, and run none")
     return parser.parse_args()
@@ -179,21 +196,10 @@ def main() -> None:
     plan = Plan(options.seed, options.full, options.isolation, folder.absolute())
     say(f"seed {plan.seed}, {'full' if plan.full else 'reduced'} counts, isolation {plan.isolation}, folder {folder}")
     begun = time.monotonic()
-    outcomes = asyncio.run(run(rows, plan))
+    outcomes = asyncio.run(run(rows, plan, options.json))
     seconds = time.monotonic() - begun
     counts = {name: sum(one.result == name for one in outcomes) for name in ("holds", "fails", "absent", "skipped")}
     say(f"{len(outcomes)} rows in {seconds:.0f} s: {flat(counts)}")
-    if options.json:
-        facts = {
-            "seed": plan.seed,
-            "full": plan.full,
-            "isolation": plan.isolation,
-            "seconds": round(seconds),
-            "floor_ms": lab.FLOOR_S * 1e3,
-            **machine(),
-            "rows": [one.facts() for one in outcomes],
-        }
-        options.json.write_text(json.dumps(facts, indent=2, default=float) + "\n")
     failed = counts["fails"] or (plan.full and counts["absent"])
     if failed:
         for one in outcomes:
