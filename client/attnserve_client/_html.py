@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attnserve_client._patches import PatchGrid
 
 _STEPS: Final = 65535
-"""Weights are stored as 16-bit fractions of the maximum: finer than colours, at a third of the size of decimals."""
+"""Weights are stored as 16-bit fractions of their range: finer than colours, at a third of the size of decimals."""
 _NOSCRIPT_LINKS: Final = 20
 
 
@@ -54,7 +54,8 @@ def page(attention: MapData) -> str:
 def _data(attention: MapData) -> dict[str, Any]:
     weights = attention.weights
     scale = float(weights.max(initial=0.0)) or 1.0
-    steps = np.rint(weights / np.float32(scale) * _STEPS).astype("<u2")
+    least = float(weights.min(initial=0.0))  # below 0 at some linear sites
+    steps = np.rint((weights - np.float32(least)) / np.float32(scale - least) * _STEPS).astype("<u2")
     outside = attention.outside
     return {
         "shape": list(weights.shape),
@@ -64,6 +65,7 @@ def _data(attention: MapData) -> dict[str, Any]:
         "keys": [plain_token(token) for token in attention.key_tokens],
         "queryGrid": _grid(attention.grids.get(attention.query_axis)),
         "keyGrid": _grid(attention.grids.get(attention.key_axis)),
+        "least": least,
         "scale": scale,
         "weights": base64.b64encode(steps.tobytes()).decode("ascii"),
         # One bit for each cell, row by row, from the most significant bit on.

@@ -8,11 +8,12 @@ const data = JSON.parse(byId("map").textContent);
 const bytesOf = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 const [, , columnCount] = data.shape;
 
-/** Weights are 16-bit fractions of `data.scale`. */
+/** Weights are 16-bit fractions of the range from `data.least`, at most 0, to `data.scale`. */
 function weightsOf() {
   const stored = new DataView(bytesOf(data.weights).buffer);
   const weights = new Float32Array(stored.byteLength / 2);
-  for (let at = 0; at < weights.length; at++) weights[at] = (stored.getUint16(2 * at, true) / 65535) * data.scale;
+  const range = data.scale - data.least;
+  for (let at = 0; at < weights.length; at++) weights[at] = data.least + (stored.getUint16(2 * at, true) / 65535) * range;
   return weights;
 }
 

@@ -115,6 +115,17 @@ def test_page_weights_equal_the_maps_to_16_bits() -> None:
     assert described["heads"] == [0, 1, 2]
 
 
+def test_page_keeps_the_sign_of_weights_of_a_linear_site() -> None:
+    weights = np.array([[[1.5, -0.5], [0.25, -0.25]]], dtype=np.float32)
+    source = map_of(("a", "b"), raw=weights, form="linear").to_html()
+    (data,) = re.findall(r'id="map">(.*?)</script>', source, flags=re.DOTALL)
+    described = json.loads(data)
+    steps = np.frombuffer(base64.b64decode(described["weights"]), dtype="<u2").reshape(described["shape"])
+    least, most = described["least"], described["scale"]
+    # Half of one of the 65535 steps of a range of 2, and float32 rounding.
+    np.testing.assert_allclose(least + steps / 65535 * (most - least), weights, rtol=0, atol=2e-5)
+
+
 def test_content_policy_allows_only_the_pages_script_and_style() -> None:
     source = map_of(("a", "b")).to_html()
     page = Page(source)
