@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from attnserve_client._labels import Labels
 from attnserve_client._patches import Panel, PatchGrid
+from attnserve_client._spans import Span, between, covered
 from attnserve_client._tokens import Array, Link, RawLinks, Token, as_float32, names_of
 
 
@@ -206,6 +208,31 @@ class MapData:
         """
         weights, _ = self._weights_of(head)
         return np.asarray(weights[0] if len(weights) == 1 else weights.mean(axis=0), dtype=np.float32)
+
+    def over_spans(
+        self, queries: Sequence[Span], keys: Sequence[Span] | None = None, head: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return the weights between stretches of the text, such as terms of several words.
+
+        A stretch has the units that it covers, wholly or in part. Its row is the mean of their rows, and its column the
+        sum of their columns, as tokens are joined to words.
+
+        Args:
+            queries: N stretches, each (start, end) in Unicode code points of the text; of a pair of texts that are on
+                one axis, (start, end, segment).
+            keys: M stretches of the text of the columns; None for those of `queries`.
+            head: Number of one head in `heads`; None for the mean over this map's heads.
+
+        Returns:
+            float32 (N, M).
+
+        Raises:
+            ValueError: A stretch has no unit in this map; this map has no such head, or holds scores.
+        """
+        weights = self.head_weights(head)
+        rows = covered(self.query_tokens, queries, "queries")
+        columns = covered(self.key_tokens, queries if keys is None else keys, "queries" if keys is None else "keys")
+        return between(weights, rows, columns)
 
     def over_patches(self, head: int | None = None) -> list[Panel]:
         """Arrange weights over the patches of an image.
