@@ -11,12 +11,19 @@ import numpy.typing as npt
 
 from attnserve_client import _frames, _html
 from attnserve_client._map_data import MapData
+from attnserve_client._svg_links import Rule
+from attnserve_client._svg_views import View, drawn
 from attnserve_client._tokens import plain_token
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
     from matplotlib.figure import Figure
+
+    from attnserve_client._svg import Svg
+
+_NOTEBOOK_CELLS = 10_000
+"""Cells of a map that a notebook stores as SVG beside the page: about 100 kB."""
 
 
 def _plain_scores(scores: npt.NDArray[np.float32]) -> Any:
@@ -86,6 +93,42 @@ class AttentionMap(MapData):
         """
         return _html.page(self)
 
+    def to_svg(
+        self,
+        view: View = "heatmap",
+        head: int | None = None,
+        *,
+        top: int | None = None,
+        include_self: bool = False,
+        exclude_special: bool = True,
+        exclude_punctuation: bool = True,
+        caption: str | None = None,
+    ) -> Svg:
+        """Draw the map as SVG, a text that loads nothing. A notebook draws it as the last value of a cell.
+
+        Which links `bipartite` and `arcs` draw follows the rule of `links()`. The heatmap has all weights; of a map
+        over image patches, it has a panel for each word.
+
+        Args:
+            view: `"heatmap"`; `"bipartite"`, lines from a column of queries to a column of keys, as BertViz draws; or
+                `"arcs"` beside one column, for maps whose rows and columns are of one sequence.
+            head: Number of one head in `heads`; None for the mean over this map's heads.
+            top: Most links to draw, the strongest; None for two for each query, from 10 to 60 together.
+            include_self: Draw links from a unit to itself.
+            exclude_special: Draw no links from and to special tokens.
+            exclude_punctuation: Draw no links from and to units without a letter or digit.
+            caption: The line above; None for model and `title`, an empty one for none.
+
+        Returns:
+            The text of the file. It has a title and a description for screen readers.
+
+        Raises:
+            ValueError: The view is unknown, or it is `"arcs"` and the sides differ; this map has no such head, holds
+                scores, or has more than 360,000 cells for a heatmap.
+        """
+        rule = Rule(top, include_self, exclude_special, exclude_punctuation)
+        return drawn(self, view, head, rule, caption)
+
     def plot(self, head: int | None = None) -> Figure:
         """Draw the map as a matplotlib figure.
 
@@ -133,3 +176,12 @@ class AttentionMap(MapData):
             f'<iframe sandbox="allow-scripts" srcdoc="{source}" title="attention map" '
             f'style="width:100%;height:{460 + 18 * rows}px;border:0"></iframe>'
         )
+
+    def _repr_svg_(self) -> str | None:
+        """Return the heatmap, for exports of notebooks that cannot show pages, such as LaTeX.
+
+        None for a map of scores, and for a long one.
+        """
+        if self.values == "scores" or len(self.query_tokens) * len(self.key_tokens) > _NOTEBOOK_CELLS:
+            return None
+        return str(self.to_svg())

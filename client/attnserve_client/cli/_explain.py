@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from attnserve_client import AttentionMap, Client, InferenceResult, Link
+from attnserve_client._svg_views import View
 from attnserve_client.cli._compare import Comparison, compare, show_comparison
 from attnserve_client.cli._errors import reported
 from attnserve_client.cli._options import (
@@ -30,7 +31,7 @@ from attnserve_client.cli._options import (
 from attnserve_client.cli._reading import read_arrays, read_input, read_texts
 from attnserve_client.cli._selecting import labels_for, selection
 from attnserve_client.cli._show import show_explanation
-from attnserve_client.cli._writing import print_json, write, write_png
+from attnserve_client.cli._writing import print_json, write, write_png, write_svg
 
 EXAMPLES: Final = (
     "Examples:\n\n"
@@ -39,6 +40,7 @@ EXAMPLES: Final = (
     'attnserve explain minilm "The buyer pays." --layers 0,5 --compare minilm/2\n\n'
     'attnserve explain minilm "The buyer pays." --rollout --json\n\n'
     'attnserve explain translator "a red dog" --pair "ein roter Hund" --png map.png\n\n'
+    'attnserve explain minilm "The buyer pays." --svg map.svg --view arcs\n\n'
     'attnserve explain clip "a red dog" --tensor pixel_values=dog.npy --png map.png'
 )
 
@@ -83,6 +85,10 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
     png: Annotated[
         Path | None, typer.Option("--png", help="Write a picture to this file (needs the extra `plot`).")
     ] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Write a drawing to this file.")] = None,
+    view: Annotated[
+        View, typer.Option("--view", help="What `--svg` draws: all weights, or the strongest links as lines or arcs.")
+    ] = "heatmap",
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
@@ -114,6 +120,8 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
         write(html, results[0].attention[0].to_html().encode())
     if png is not None:
         write_png(png, results[0].attention[0])
+    if svg is not None:
+        write_svg(svg, results[0].attention[0], view, keep_special=keep_special, all_links=all_links)
 
     def links_of(attention: AttentionMap) -> list[Link]:
         return attention.links(
@@ -130,7 +138,7 @@ def explain(  # noqa: PLR0913, PLR0917 - the options of a command
         return
     console = Console(highlight=False)
     _show(console, [sentence, pair] if pair else [sentence], results, links, compared)
-    for written in (html, png):
+    for written in (html, png, svg):
         if written is not None:
             console.print(f"wrote {written}", markup=False, style="dim")
 

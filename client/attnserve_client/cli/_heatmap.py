@@ -22,6 +22,7 @@ from rich.text import Text
 
 from attnserve_client import AttentionMap, Token
 from attnserve_client._patches import Panel, strongest
+from attnserve_client._svg import RAMP
 from attnserve_client.cli._text import clean, fitted
 
 MAX_ROWS: Final = 40
@@ -29,9 +30,8 @@ MAX_ROWS: Final = 40
 MAX_PANELS: Final = 12
 """Most image panels, about a screen."""
 _SHADES: Final = " .:-=+*#%@"
-_LIGHT: Final = ((251, 248, 242), (248, 220, 188), (240, 162, 114), (212, 85, 93), (138, 28, 98), (59, 15, 70))
 _DARK: Final = ((23, 26, 32), (44, 36, 88), (99, 43, 134), (184, 61, 124), (240, 116, 62), (255, 220, 134))
-"""The colours of the page, from weight 0 to the greatest, on a light and on a dark background."""
+"""The colours of the page on a dark background, from weight 0 to the greatest, as `RAMP` has them on a light one."""
 _LIGHT_256: Final = (231, 223, 216, 209, 203, 168, 125, 89, 53)
 _DARK_256: Final = (233, 53, 54, 90, 126, 167, 209, 215, 222)
 """The same for terminals of 256 colours: the nearest colours would not always get darker, or lighter."""
@@ -170,7 +170,7 @@ class Ink:
         if self.colours == "256":
             numbers = _DARK_256 if self.dark else _LIGHT_256
             return Color.from_ansi(numbers[round(bright * (len(numbers) - 1))])
-        ramp = _DARK if self.dark else _LIGHT
+        ramp = _DARK if self.dark else RAMP
         place = bright * (len(ramp) - 1)
         low = min(int(place), len(ramp) - 2)
         red, green, blue = (

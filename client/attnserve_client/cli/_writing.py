@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from attnserve_client import AttentionFeatures, AttentionMap
+from attnserve_client._svg_views import View
 
 
 def print_json(value: Any) -> None:
@@ -47,3 +48,18 @@ def write_png(path: Path, shown: AttentionMap | AttentionFeatures) -> None:
         figure.savefig(path, format="png", dpi=120, bbox_inches="tight")
     except OSError as error:
         raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_svg(path: Path, shown: AttentionMap, view: View, *, keep_special: bool, all_links: bool) -> None:
+    """Draw a map into an SVG file.
+
+    Raises:
+        BadParameter: The map has no such view, or the file cannot be written.
+    """
+    try:
+        drawing = shown.to_svg(
+            view, include_self=all_links, exclude_special=not keep_special, exclude_punctuation=not all_links
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--view") from None
+    write(path, drawing.encode())

@@ -10,6 +10,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -163,6 +164,18 @@ def test_explain_writes_page_and_picture(attnserve: Any, tmp_path: Path) -> None
     assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "wrote" in result.stdout
+
+
+def test_explain_draws_a_view_as_svg_with_the_links_that_it_lists(attnserve: Any, tmp_path: Path) -> None:
+    svg = tmp_path / "map.svg"
+    result = attnserve("explain", "fake", TEXT, "--svg", str(svg), "--view", "arcs", "--all-links")
+    assert result.exit_code == 0, result.output
+    drawing = ET.parse(svg).getroot()
+    assert drawing.tag.endswith("svg")
+    assert ">Without special tokens.<" in svg.read_text(encoding="utf-8")
+    assert f"wrote {svg}" in result.stdout.replace("\n", "")
+    refused = attnserve("explain", "fake", TEXT, "--svg", str(tmp_path), "--view", "bipartite")
+    assert (refused.exit_code, "cannot write" in refused.output) == (2, True)
 
 
 def test_explain_sends_two_texts_and_arrays_from_files(
