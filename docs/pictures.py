@@ -1,4 +1,4 @@
-"""Draw the pictures of explanation/attention.md, from responses of a server over real bundles.
+"""Draw the pictures of explanation/attention.md and how-to/draw-attention.md, from responses of a server.
 
 Exits with a message if a server does not start; a missing model raises the client's ModelNotFound. Needs MiniLM as
 `minilm`, matplotlib, and the zoo: this project's small models, one for each pattern of attention, which these commands
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.demo import SENTENCES, running_server
 
 IMAGES = Path(__file__).parent / "images"
+SHORT = "The buyer agrees to assume all liabilities."
 COLOURS = "magma_r"
 OUTSIDE = "#d9dce1"
 """The colour of keys outside a query's window, as in the client's own pictures."""
@@ -109,6 +110,13 @@ def forms(client: Client) -> Figure:
     return drawn
 
 
+def views(client: Client) -> dict[str, str]:
+    """Draw one map in each view of the client."""
+    selection = AttentionSelection(layers=-1, heads="mean", unit="word", special_tokens="drop")
+    (attention,) = client.infer("minilm", SHORT, outputs=[], attention=selection).attention
+    return {view: attention.to_svg(view) for view in ("heatmap", "bipartite", "arcs")}
+
+
 def main() -> None:
     """Start the servers, request the maps, draw and save the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,6 +130,9 @@ def main() -> None:
         for name, draw, text in (("heads", heads, SENTENCES["contract"]), ("layers", layers, SENTENCES["contract"])):
             draw(client, text).savefig(IMAGES / f"{name}.png", dpi=110)
             print(f"docs/images/{name}.png")
+        for view, drawing in views(client).items():
+            (IMAGES / f"view-{view}.svg").write_text(drawing, encoding="utf-8")
+            print(f"docs/images/view-{view}.svg")
 
 
 if __name__ == "__main__":

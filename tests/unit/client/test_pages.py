@@ -17,6 +17,7 @@ PAGES = (
     "README.md",
     "docs/explanation/attention.md",
     "docs/how-to/call-from-python.md",
+    "docs/how-to/draw-attention.md",
     "docs/tutorial/first-model.md",
 )
 PATIENT = (
