@@ -7,6 +7,7 @@ it fails. Without Chromium or Playwright, every test is skipped, with the line t
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from attnserve_server.model.heads import HeadSpec
 from browser import CHROMIUM
 from explored import INSTALL, LABELS, Open, Opened
 from labelled_models import write_labelled
-from serving import RunningServer, serve
-from tiny_bundle import write_tiny_files, write_tiny_repository
+from onnx_files import saved
+from serving import RunningServer, command, serve
+from tiny_bundle import VOCABULARY, tiny_tokenizer, write_tiny_files, write_tiny_repository
+from two_sided_graphs import encoder_decoder, patches_alone, words_over_patches
 
 REPOSITORY = "ATTNSERVE_BROWSER_REPOSITORY"
 """Names a repository that has MiniLM as `minilm`; without it, the tests export the model, which needs torch."""
@@ -99,4 +102,25 @@ def tiny(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """A server over `tiny_repository` in one process."""
     flags = ("--isolation", "none", "--instances", "1")
     with serve(tiny_repository, tmp_path_factory.mktemp("tiny-browser"), *flags) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server over `translator`, which takes two texts, `clip`, a text and an image, and `vision`, an image."""
+    folder = tmp_path_factory.mktemp("sides")
+    tokenizer = folder / "tokenizer.json"
+    tiny_tokenizer().save(str(tokenizer))
+    models = {
+        "translator": (encoder_decoder(len(VOCABULARY)), ["--pair-start", "[SEP]"]),
+        "clip": (words_over_patches(len(VOCABULARY), leading=1), []),
+        "vision": (patches_alone(), None),
+    }
+    for name, (graph, options) in models.items():
+        line = [command("attnserve-server"), "prepare", str(saved(graph, folder / f"{name}.onnx")), "--name", name]
+        line += ["--repository", str(folder / "models")]
+        line += [] if options is None else ["--tokenizer", str(tokenizer), *options]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+    with serve(folder / "models", folder, "--isolation", "none", "--instances", "1") as running:
         yield running

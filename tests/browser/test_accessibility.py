@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from explored import INSTALL, Open
+from explored import INSTALL, Open, png
 from serving import RunningServer
+from two_sided_graphs import IMAGE
 
 pytestmark = pytest.mark.browser
 
@@ -41,6 +44,37 @@ def test_axe_finds_nothing(minilm: RunningServer, opener: Open, width: int, sche
     assert violations(page) == []
     wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wide == 0, "nothing reaches beyond the edge"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_axe_finds_nothing_in_code_arcs_and_figures(tiny: RunningServer, opener: Open, width: int, scheme: str) -> None:
+    opened = opener(tiny, "#model=classifier&arcs=1", viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page = opened.page
+    opened.run("the cat\n  sat on\n  a mat and\n  looked at the dog")
+    page.locator(".token >> text=sat").click()
+    page.click("text=Leave out each word")
+    page.click("text=Compare with random words")
+    page.wait_for_selector("#leave .figures")
+    assert violations(page) == []
+    page.click("#controls >> text=by line")
+    assert violations(page) == []
+    wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert wide == 0, "nothing reaches beyond the edge"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_axe_finds_nothing_over_an_image(
+    sides: RunningServer, opener: Open, tmp_path: Path, width: int, scheme: str
+) -> None:
+    opened = opener(sides, "#model=clip", viewport={"width": width, "height": 800}, color_scheme=scheme)
+    image = tmp_path / "grey.png"
+    image.write_bytes(png(np.full((*IMAGE, 3), 128, np.uint8)))
+    opened.page.set_input_files("#image", image)
+    opened.run("a dog sat")
+    opened.page.locator(".token >> text=dog").click()
+    assert violations(opened.page) == []
 
 
 def test_control_axe_notices_a_button_without_a_name(minilm: RunningServer, opener: Open) -> None:

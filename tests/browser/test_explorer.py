@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -256,25 +258,6 @@ def test_two_versions_are_compared(tiny: RunningServer, opener: Open) -> None:
     assert [title for title in titles if "tiny" in title] == ["Where it looks: tiny 1", "Where it looks: tiny 2"]
 
 
-def test_leaving_words_out_equals_the_faithfulness_of_the_sdk(minilm: RunningServer, opener: Open) -> None:
-    opened = opener(minilm)
-    opened.run(SENTENCE)
-    opened.page.click(".token >> text=buyer")
-    opened.page.click("text=Leave it out")
-    opened.page.wait_for_selector("#leave p")
-    with Client(minilm.target) as client:
-        wanted = client.faithfulness("minilm", SENTENCE)
-    drop = wanted.leave_one_out[wanted.words.index("buyer")]
-    sentence = opened.page.locator("#leave p").text_content()
-    assert f"is {1 - drop:.3f} instead of 1.000" in sentence
-    opened.page.click("text=Leave out each word")
-    opened.page.wait_for_selector("#leave table")
-    assert f"{wanted.rank_agreement:.2f} (1:" in opened.page.locator("#leave p").text_content()
-    rows = opened.page.locator("#leave tr").all()[1:]
-    drops = [float(row.locator(".value >> nth=0").text_content()) for row in rows]
-    assert drops == [round(float(f"{one:.3f}"), 3) for one in sorted(wanted.leave_one_out, reverse=True)]
-
-
 def test_exports_hold_the_map_on_screen(minilm: RunningServer, opener: Open, tmp_path: Path) -> None:
     opened = opener(minilm)
     opened.run(SENTENCE)
@@ -297,6 +280,38 @@ def test_exports_hold_the_map_on_screen(minilm: RunningServer, opener: Open, tmp
     exec(program, {"print": lambda line: printed.write(line + "\n")})
     first = opened.links[0]
     assert printed.getvalue().splitlines()[0].split(": ")[1] == first[2]
+
+
+def test_line_of_a_shell_holds_the_request(minilm: RunningServer, opener: Open) -> None:
+    opened = opener(minilm, "#top=2")
+    opened.run("the buyer's rights")
+    opened.page.click("text=as curl")
+    line = shlex.split(opened.page.locator(".code").text_content())
+    assert line[:2] == ["curl", "--json"]
+    sent = urllib.request.Request(line[3], line[2].encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(sent, timeout=30) as answer:
+        found = json.load(answer)
+    weights = found["results"][0]["attention"]["maps"][0]["links"]["weights"]["data"]
+    assert len(weights) == 2 * len(opened.words)
+    assert {link[2] for link in opened.links} <= {f"{weight:.3f}" for weight in weights}
+
+
+def test_print_has_the_digest_and_no_controls(minilm: RunningServer, opener: Open) -> None:
+    opened = opener(minilm)
+    opened.run(SENTENCE)
+    page = opened.page
+    with Client(minilm.target) as client:
+        digest = client.model("minilm").digest
+    assert not page.is_visible("#printed")
+    page.emulate_media(media="print")
+    assert page.is_visible("#printed")
+    assert digest in page.locator("#printed").text_content()
+    assert page.is_visible(".sentence")
+    assert page.is_visible("#caveat")
+    hidden = ["#ask", "#controls", "#exports", ".zoom"]
+    assert [one for one in hidden if page.is_visible(one)] == []
+    heights = page.locator(".scroll").first.evaluate("one => [one.clientHeight, one.scrollHeight]")
+    assert heights[0] == heights[1], "no part of the map is behind an edge"
 
 
 def test_model_that_takes_tensors_is_refused_with_the_remedy(tiny: RunningServer, opener: Open) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
-from explored import Open
+from explored import Open, png
 from serving import RunningServer
+from two_sided_graphs import IMAGE
 
 pytestmark = pytest.mark.browser
 
@@ -77,3 +79,26 @@ def test_picture_on_a_phone(minilm: RunningServer, opener: Open, tmp_path: Path)
     opened.page.locator("#boards").scroll_into_view_if_needed()
     opened.page.evaluate("document.querySelector('#answer').scrollIntoView()")
     save(opened.page, "explorer-phone.png", tmp_path)
+
+
+def test_picture_of_code_with_arcs(minilm: RunningServer, opener: Open, tmp_path: Path) -> None:
+    opened = opener(minilm, "#arcs=1", viewport={"width": 1100, "height": 900})
+    opened.run("if processed:\n    result.append(processed)")
+    opened.page.click(".token >> text=processed >> nth=1")
+    opened.page.evaluate("document.activeElement.blur()")
+    save(opened.page.locator("#boards"), "explorer-code.png", tmp_path)
+
+
+def test_picture_of_an_image(sides: RunningServer, opener: Open, tmp_path: Path) -> None:
+    opened = opener(sides, "#model=clip", viewport={"width": 1100, "height": 900})
+    height, width = (40 * one for one in IMAGE)
+    down, across = np.mgrid[:height, :width]
+    colours = np.stack([255 * across / width, 255 * down / height, 160 + 0 * down], axis=-1).astype(np.uint8)
+    colours[(down - height * 0.6) ** 2 + (across - width * 0.7) ** 2 < (height / 4) ** 2] = (250, 240, 200)
+    image = tmp_path / "drawn.png"
+    image.write_bytes(png(colours))
+    opened.page.set_input_files("#image", image)
+    opened.run("the dog looked at a cat")
+    opened.page.click(".token >> text=dog")
+    opened.page.evaluate("document.activeElement.blur()")
+    save(opened.page.locator("#boards"), "explorer-image.png", tmp_path)

@@ -1,4 +1,4 @@
-"""Small graphs in which one sequence attends to another: an encoder-decoder of texts, and words over image patches.
+"""Small graphs with two sides: an encoder-decoder of texts, words over image patches, and the patches alone.
 
 `weights` and `attended` are the definition in float64. They raise KeyError, and `table` ValueError, for a name that a
 graph does not have.
@@ -123,6 +123,27 @@ def words_over_patches(
         helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, *IMAGE]),
     ]
     return write.model(inputs, text, ["batch", length, WIDTH])
+
+
+def patches_alone(seed: int = 8) -> onnx.ModelProto:
+    """Self-attention of the patches of an image behind one leading position, and an embedding of the image."""
+    write = _Writer(seed)
+    write.matrix("cut", WIDTH, 3, PATCH, PATCH)
+    write.node("Conv", "pixel_values cut", "cells", strides=[PATCH, PATCH], kernel_shape=[PATCH, PATCH])
+    count = (IMAGE[0] // PATCH) * (IMAGE[1] // PATCH)
+    write.node("Reshape", f"cells {write.constant('flat', np.array([0, WIDTH, count]))}", "columns")
+    write.node("Transpose", "columns", "patches", perm=[0, 2, 1])
+    write.matrix("class", 1, 1, WIDTH)
+    write.node("Shape", "pixel_values", "rows", start=0, end=1)
+    write.node("Concat", f"rows {write.constant('class.shape', np.array([1, WIDTH]))}", "class.to", axis=0)
+    write.node("Expand", "class class.to", "class.rows")
+    write.node("Concat", "class.rows patches", "all", axis=1)
+    seen = write.attend("vision", "all", "all")
+    write.node("ReduceMean", f"{seen} {write.constant('axis.1', np.array([1]))}", "embedding", keepdims=0)
+    pixels = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, *IMAGE])
+    model = write.model([pixels], seen, ["batch", count + 1, WIDTH])
+    model.graph.output.append(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", WIDTH]))
+    return model
 
 
 def weights(model: onnx.ModelProto, name: str, queries: Array, keys: Array) -> Array:

@@ -35,6 +35,7 @@ function start() {
     bar.append(choices("head", [[-1, "mean"], ...heads], -1, (head) => board.set({ head })));
   }
   bar.append(board.directions((backwards) => board.set({ backwards })));
+  toggle(bar, "arcs", false, (arcs) => board.set({ arcs }));
   if ([...data.queries, ...data.keys].some((token) => token.special)) toggle(bar, "special tokens", false, (special) => board.set({ special }));
   byId("app").hidden = false;
   board.show(new MapView({ ...data, weights: weightsOf(), outside: outsideOfWindow() }));

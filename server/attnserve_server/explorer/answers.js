@@ -13,6 +13,7 @@ function tokensOf(answer, axis) {
     end: units.ends ? units.ends[index] : 0,
     special: units.special ? units.special[index] : false,
     segment: units.segments ? units.segments[index] : 0,
+    patch: units.grid_rows ? index - (units.leading || 0) : -1,
   }));
 }
 
@@ -21,24 +22,57 @@ function gridOf(answer, axis) {
   return units.grid_rows ? { rows: units.grid_rows, columns: units.grid_columns, leading: units.leading || 0 } : null;
 }
 
-/** Return a map of a sequence's answer as a view. @param {any} answer `attention` of a result @param {any} map of it @param {string[]} texts */
-function viewOf(answer, map, texts) {
+/**
+ * Return a map of a sequence's answer as a view. If the answer has links, the other weights are 0, and `view.partial` is the
+ * share of all weight that they have.
+ * @param {any} answer `attention` of a result @param {any} map of it @param {string[]} texts @param {HTMLCanvasElement | null} [picture]
+ */
+function viewOf(answer, map, texts, picture = null) {
   const sides = [tokensOf(answer, map.query_axis), tokensOf(answer, map.key_axis)];
   const queries = map.query_indices ? map.query_indices.map((at) => sides[0][at]) : sides[0];
   const keys = map.key_indices ? map.key_indices.map((at) => sides[1][at]) : sides[1];
-  const received = arrayOf(map.weights);
-  const heads = map.weights.shape[0];
+  const heads = (map.links ? map.links.residual : map.weights).shape[0];
   const band = map.band_keys ? { keys: arrayOf(map.band_keys), width: map.band_keys.shape[1] } : null;
-  return new MapView({
+  const view = new MapView({
     queries,
     keys,
     heads: heads === 1 && (map.heads || []).length !== 1 ? ["joined"] : map.heads || [],
-    weights: band ? scattered(received, band, heads, queries.length, keys) : /** @type {Float32Array} */ (received),
+    weights: weightsOf(map, band, heads, queries.length, keys),
     outside: band ? outsideOf(band, queries.length, keys) : null,
     same: map.query_axis === map.key_axis,
     queryGrid: gridOf(answer, map.query_axis),
     keyGrid: gridOf(answer, map.key_axis),
     texts,
+    picture,
+  });
+  if (map.links) {
+    const [kept, left] = [arrayOf(map.links.weights), arrayOf(map.links.residual)].map((each) => /** @type {Float32Array} */ (each).reduce((sum, one) => sum + one, 0));
+    view.partial = kept / (kept + left || 1);
+  }
+  return view;
+}
+
+function weightsOf(map, band, heads, rows, keys) {
+  if (map.links) return linked(map.links, heads * rows, keys);
+  const received = arrayOf(map.weights);
+  return band ? scattered(received, band, heads, rows, keys) : /** @type {Float32Array} */ (received);
+}
+
+/** Return the weights of links over all keys. Shapes: `row_offsets` (rows + 1), keys and weights (links). */
+function linked(links, rows, keys) {
+  const [offsets, ends, weights] = [arrayOf(links.row_offsets), arrayOf(links.keys), arrayOf(links.weights)];
+  const [made, places] = [new Float32Array(rows * keys.length), placesOf(keys)];
+  for (let row = 0; row < rows; row++)
+    for (let at = offsets[row]; at < offsets[row + 1]; at++) made[row * keys.length + places.get(ends[at])] = weights[at];
+  return made;
+}
+
+/** Put the rows of a view that was fetched later, with all weights, in their places of another one. @param {MapView} view @param {MapView} fetched @param {number[]} rows */
+function complete(view, fetched, rows) {
+  const width = view.keys.length;
+  rows.forEach((row, at) => {
+    view.weights.set(fetched.weights.subarray(at * width, (at + 1) * width), row * width);
+    view.exact.add(row);
   });
 }
 
@@ -91,4 +125,4 @@ function cosine(one, other) {
   return first && second ? product / Math.sqrt(first * second) : 0;
 }
 
-export { cosine, embeddingOf, viewOf, wantedOf };
+export { complete, cosine, embeddingOf, viewOf, wantedOf };

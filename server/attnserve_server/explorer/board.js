@@ -1,5 +1,6 @@
 // One map on the page: its words, its heatmap and its strongest links, which point at each other.
 
+import { Arcs } from "./arcs.js";
 import { night, useScheme } from "./colours.js";
 import { choices, make } from "./dom.js";
 import { Heatmap } from "./heatmap.js";
@@ -18,21 +19,24 @@ function panel(title, ...content) {
 class Board {
   /**
    * @param {HTMLElement} host
-   * @param {{words?: string, onPin?: (at: any) => void, onPoint?: (at: any) => void}} [options]
-   * `words`: the title above the words; `onPin`: called when a word is pinned, or none; `onPoint`: when one is pointed at
+   * @param {{words?: string, onPin?: (at: any) => void, onPoint?: (at: any) => void, onPart?: (part: any) => void}} [options]
+   * `words`: the title above the words; `onPin`: called when a word is pinned, or none; `onPoint`: when one is pointed at;
+   * `onPart`: when a part of the map is chosen, or the whole map
    */
   constructor(host, options = {}) {
     this.view = null;
     this.onPin = options.onPin || (() => {});
     this.onPoint = options.onPoint || (() => {});
-    /** `at`: the word that is pointed at; `pinned`: the one that stays; `cell`: the cell that is pointed at. */
-    this.state = { head: -1, backwards: false, special: false, least: 0, top: 0, at: null, pinned: null, cell: null };
+    this.onPart = options.onPart || (() => {});
+    /** `at`: the word that is pointed at; `pinned`: the one that stays; `cell`: the cell that is pointed at; `part`: of the map. */
+    this.state = { head: -1, backwards: false, special: false, least: 0, top: 0, arcs: false, code: false, at: null, pinned: null, cell: null, part: null };
     const title = options.words || "Where it looks";
     const sentences = make("div", "sentences");
     const summary = make("p", "summary");
     summary.setAttribute("aria-live", "polite");
     const links = make("ol", "links");
     this.words = new Words(sentences, summary, this);
+    this.arcs = new Arcs(sentences, this);
     const map = panel("Heatmap: rows look at columns");
     this.heatmap = new Heatmap(map, this, title);
     this.links = links;
@@ -41,13 +45,13 @@ class Board {
     columns.append(map, panel("Strongest links", links));
     host.append(panel(title, sentences, summary, this.below), columns);
     night.addEventListener("change", () => this.draw());
-    window.addEventListener("resize", () => this.view && this.heatmap.draw());
+    window.addEventListener("resize", () => this.view && (this.heatmap.draw(), this.arcs.draw()));
   }
 
   /** Show another map. @param {import("./view.js").MapView} view @param {number} [index] of a word to pin, -1 for none */
   show(view, index = -1) {
     this.view = view;
-    Object.assign(this.state, { at: null, pinned: null, cell: null });
+    Object.assign(this.state, { at: null, pinned: null, cell: null, part: null });
     if (this.state.head >= view.heads.length) this.state.head = -1;
     this.words.build();
     this.state.at = this.state.pinned = index < 0 ? null : this.words.placeOf(index);
@@ -56,8 +60,16 @@ class Board {
 
   /** Change choices, and draw the map again. */
   set(change) {
+    const { code } = this.state;
     Object.assign(this.state, change, { cell: null });
+    if (this.state.code !== code) this.words.build();
     this.draw();
+  }
+
+  /** Show a part of the map, or all of it. @param {import("./view.js").Part | null} part */
+  choosePart(part) {
+    this.set({ part });
+    this.onPart(part);
   }
 
   draw() {
@@ -66,19 +78,24 @@ class Board {
     this.view.choose(this.state);
     this.heatmap.draw();
     listLinks(this.links, this, MOST_LINKS);
+    this.paint();
+  }
+
+  paint() {
     this.words.paint();
+    this.arcs.draw();
   }
 
   point(at) {
     this.state.at = at;
-    this.words.paint();
+    this.paint();
     this.onPoint(at);
   }
 
   /** Point at the word that another board points at, if this one has it. */
   follow(at, other) {
     this.state.at = (at && this.words.alike(at.token, other.words)) || this.state.pinned;
-    this.words.paint();
+    this.paint();
   }
 
   /** Pin a word, or release it where it is pinned already. */

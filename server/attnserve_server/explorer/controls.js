@@ -2,7 +2,8 @@
 
 import { asCsv, asJson, asPng, asSvg, save } from "./exports.js";
 import { choices, make, makeButton, toggle } from "./dom.js";
-import { asCurl, asPython } from "./selection.js";
+import { asCurl, asPython, bodyOf, topOf } from "./selection.js";
+import { hasSentences } from "./sentences.js";
 
 /** Return a labelled field. */
 function field(label, input) {
@@ -22,11 +23,21 @@ function mapControls(host, page) {
   const { state } = page;
   host.replaceChildren();
   host.append(choices("show", [["word", "words"], ["token", "tokens"]], state.unit, (unit) => page.change({ unit, pin: -1 })));
+  const { texts, view } = page.shown;
+  if (state.other === "none" && hasSentences(view, page.code)) {
+    const level = page.sentences ? "sentences" : "words";
+    host.append(choices("map", [["words", `by ${state.unit}`], ["sentences", page.code ? "by line" : "by sentence"]], level, (chosen) => page.reshape({ level: chosen })));
+  }
+  if (texts.length) {
+    const reading = page.code ? "code" : "text";
+    host.append(choices("text", [["text", "as text"], ["code", "as code"]], reading, (chosen) => page.reshape({ reading: chosen })));
+  }
   host.append(page.boards[0].directions((backwards) => page.redraw({ backwards })));
+  toggle(host, "arcs", state.arcs, (arcs) => page.redraw({ arcs }));
   toggle(host, "special tokens", state.special, (special) => page.change({ special }));
   const least = numberInput(state.least, 1, 0.01);
   least.addEventListener("change", () => page.redraw({ least: Number(least.value) || 0 }));
-  const top = numberInput(state.top, 512, 1);
+  const top = numberInput(topOf(state, texts.join("")), 512, 1);
   top.addEventListener("change", () => page.redraw({ top: Number(top.value) || 0 }));
   const find = make("input");
   find.type = "search";
@@ -116,8 +127,18 @@ function exportControls(host, page) {
   });
   add("CSV", () => save(`${name()}.csv`, asCsv(board().view), "text/csv"));
   add("JSON", () => save(`${name()}.json`, asJson(board().view, page.shown.receipt, page.shown.selection), "application/json"));
-  add("as Python", () => copy(asPython(page.named(), location.hostname), "The program"));
-  add("as curl", () => copy(asCurl(page.named(), document.baseURI), "The line"));
+  const kept = () => ({ top: Math.max(page.state.top, 0), least: page.state.least });
+  add("as Python", () => {
+    const { picture } = page.shown;
+    if (picture) save("pixels.npy", picture.npy());
+    return copy(asPython(page.named(), location.hostname, kept(), picture ? picture.input.name : ""), picture ? "pixels.npy is saved; the program" : "The program");
+  });
+  add("as curl", () => {
+    const { texts, tensors } = page.shown;
+    const body = bodyOf(page.named(), texts, kept(), tensors);
+    if (tensors.length) save("request.json", JSON.stringify(body), "application/json");
+    return copy(asCurl(page.named(), tensors.length ? "request.json" : body, document.baseURI), tensors.length ? "request.json is saved; the line" : "The line");
+  });
   add("copy link", () => copy(page.link(), "The link"));
   const keep = make("input");
   keep.type = "checkbox";

@@ -7,7 +7,7 @@ import { fit } from "./heatmap.js";
 /** Cells of an SVG: more would make files of megabytes that few programs open. */
 const MOST_CELLS = 40000;
 
-/** Offer bytes or a text as a file. */
+/** Offer bytes or a text as a file. @param {string} name @param {Blob | string} content @param {string} [type] of a text */
 function save(name, content, type) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));

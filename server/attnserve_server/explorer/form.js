@@ -3,6 +3,7 @@
 import { Api, Refused } from "./api.js";
 import { byId, bytesText, make, makeButton } from "./dom.js";
 import { readFragment, writeFragment } from "./fragment.js";
+import { ImageField } from "./imagefield.js";
 
 const EXAMPLES = [
   ["contract", "The buyer agrees to assume all liabilities, except those specifically excluded in Schedule B, which includes environmental damages from the 1995 incident."],
@@ -11,6 +12,15 @@ const EXAMPLES = [
 ];
 const MOST_FILE = 1 << 20;
 
+/** Return what the second text of a model is; null for a model that is not made for pairs. */
+function pairOf(model) {
+  if (!model.accepts_text) return null;
+  const { kind, labels = [] } = model.head || {};
+  if (kind === "spans") return "Passage that has the answer (the text above is the question)";
+  if (kind === "sequence_labels" && labels.length === 1) return "Text that is ranked (the text above is the query)";
+  return model.text_pair_axis !== model.text_axis ? "Second text, which the model reads apart" : null;
+}
+
 /** The form. What runs a text, and shows its answer, is in the class that extends it: `run` and `showGrid`. */
 class Form {
   constructor() {
@@ -18,8 +28,10 @@ class Form {
     this.state = readFragment(location.hash);
     this.models = [];
     this.described = new Map();
-    /** The answer on screen, with what was asked for it. @type {any} */
+    /** The answer on screen, with what was requested for it. @type {any} */
     this.shown = null;
+    this.image = new ImageField((change) => this.remember(change), (act) => this.guard(act));
+    this.pairOpen = false;
   }
 
   /** @abstract @returns {Promise<void>} */
@@ -35,8 +47,13 @@ class Form {
     this.fill();
     await this.guard(async () => {
       await this.load();
-      if (this.state.text) await this.run();
+      await this.runIfComplete();
     });
+  }
+
+  /** Run what the address states, if it has all that the model needs. */
+  async runIfComplete() {
+    if (this.state.text && !this.image.input) await this.run();
   }
 
   listen() {
@@ -54,11 +71,9 @@ class Form {
     });
     for (const name of ["text", "pair", "second"]) byId(name).addEventListener("input", () => this.remember({ [name]: byId(name).value }));
     byId("pair-button").addEventListener("click", () => {
-      const hidden = !byId("pair-field").hidden;
-      if (hidden) this.remember({ pair: "" });
+      this.pairOpen = byId("pair-field").hidden;
+      if (!this.pairOpen) this.remember({ pair: "" });
       this.fill();
-      byId("pair-field").hidden = hidden;
-      byId("pair-button").setAttribute("aria-pressed", String(!hidden));
     });
     byId("depth").addEventListener("toggle", () => {
       this.remember({ open: byId("depth").open });
@@ -73,7 +88,8 @@ class Form {
       this.fill();
       this.guard(async () => {
         this.fillModels();
-        if (this.state.text) await this.run();
+        await this.fitModel();
+        await this.runIfComplete();
       });
     });
   }
@@ -95,7 +111,7 @@ class Form {
   example(text) {
     this.remember({ text, pair: "" });
     this.fill();
-    this.guard(() => this.run());
+    if (!this.image.input || this.image.bitmap) this.guard(() => this.run());
   }
 
   /** Run something, and show why it failed. Without a token that is needed, ask for one. */
@@ -121,7 +137,7 @@ class Form {
     await this.load();
     byId("sign").hidden = true;
     this.say("");
-    if (this.state.text) await this.run();
+    await this.runIfComplete();
   }
 
   say(text, wrong = false) {
@@ -133,6 +149,20 @@ class Form {
     this.models = (await this.api.models()).data.filter((model) => model.versions.length);
     if (!this.models.length) throw new Refused(0, "The server has no models. Put one in its repository: attnserve-server export --help");
     this.fillModels();
+    await this.fitModel();
+  }
+
+  /** Open the fields that the model takes: a second text, an image. */
+  async fitModel() {
+    const { model: name, version } = this.state;
+    const model = await this.describe(name, version);
+    if (name !== this.state.model || version !== this.state.version) return;
+    const pair = pairOf(model);
+    this.pairOpen = pair !== null;
+    byId("pair-name").textContent = pair || "Second text of the pair, if the model takes pairs";
+    this.image.open(model, this.state);
+    byId("text-field").hidden = !model.accepts_text && this.image.input !== null;
+    this.fill();
   }
 
   fillModels() {
@@ -168,10 +198,11 @@ class Form {
     const { state } = this;
     for (const name of ["text", "pair", "second"]) if (byId(name).value !== state[name]) byId(name).value = state[name];
     byId("other").value = state.other;
+    [byId("fit").value, byId("scale").value] = [state.fit, state.scale];
     byId("depth").open = state.open;
     byId("second-field").hidden = state.other !== "text";
     byId("other-model-field").hidden = state.other !== "model";
-    byId("pair-field").hidden = !state.pair;
+    byId("pair-field").hidden = !this.pairOpen && !state.pair;
     byId("pair-button").setAttribute("aria-pressed", String(!byId("pair-field").hidden));
   }
 
@@ -179,7 +210,10 @@ class Form {
     this.remember({ ...change, pin: -1 });
     this.fillModels();
     this.fill();
-    if (this.shown && (this.state.other !== "text" || this.state.second)) this.guard(() => this.run());
+    this.guard(async () => {
+      await this.fitModel();
+      if (this.shown && (this.state.other !== "text" || this.state.second)) await this.run();
+    });
   }
 
   remember(change) {

@@ -2,7 +2,8 @@
 // reader ticked that.
 
 const FIRST = {
-  model: "", version: "", layer: "-1", heads: "mean", unit: "word", special: false, backwards: false, least: 0, top: 0, pin: -1,
+  model: "", version: "", layer: "-1", heads: "mean", unit: "word", special: false, backwards: false, least: 0, top: -1, pin: -1,
+  reading: "auto", arcs: false, level: "auto", fit: "stretch", scale: "half",
   other: "none", otherModel: "", otherVersion: "", open: false, keep: false, text: "", pair: "", second: "",
 };
 const TEXTS = ["text", "pair", "second"];

@@ -1,6 +1,7 @@
 // The map as a heatmap. Labels have canvases of their own, which stay in view while the map scrolls below them; so has the
 // highlight, so that pointing at a cell draws no weight again.
 
+import { Brush } from "./brush.js";
 import { colour, css, difference, inkOn } from "./colours.js";
 import { make, makeButton, variable } from "./dom.js";
 
@@ -43,6 +44,8 @@ class Heatmap {
     this.scroll.addEventListener("scroll", () => this.cut(), { passive: true });
     layers.addEventListener("mousemove", (event) => this.hover(event));
     layers.addEventListener("mouseleave", () => this.leave());
+    this.scroll.addEventListener("keydown", (event) => event.key === "Escape" && board.state.part && board.choosePart(null));
+    new Brush(layers, this, (part) => board.choosePart(part));
   }
 
   scale() {
@@ -53,7 +56,7 @@ class Heatmap {
     this.strip.setAttribute("aria-hidden", "true");
     this.greatest = make("span");
     const zoom = make("span", "zoom");
-    for (const [text, label, factor] of [["−", "smaller cells", 1 / 1.6], ["+", "larger cells", 1.6]]) {
+    for (const { text, label, factor } of [{ text: "−", label: "smaller cells", factor: 1 / 1.6 }, { text: "+", label: "larger cells", factor: 1.6 }]) {
       const button = makeButton("chip", text, () => {
         this.zoom = Math.min(Math.max(this.zoom * factor, 0.4), 12);
         this.draw();
@@ -61,7 +64,9 @@ class Heatmap {
       button.setAttribute("aria-label", label);
       zoom.append(button);
     }
-    scale.append(this.least, this.strip, this.greatest, zoom);
+    this.whole = makeButton("chip", "whole map", () => this.board.choosePart(null));
+    const how = make("span", "how", "drag over a part to see it alone");
+    scale.append(this.least, this.strip, this.greatest, how, this.whole, zoom);
     return scale;
   }
 
@@ -96,6 +101,7 @@ class Heatmap {
     if (cell > LEAST_LABELLED && rows.length * columns.length <= 30000) this.drawCells(pen, cell);
     else this.drawPixels(pen, cell);
     if (named) this.drawLabels();
+    this.whole.hidden = !this.board.state.part;
     this.canvas.setAttribute("aria-label", `${view.signed ? "differences of weights" : "attention weights"}, ${rows.length} rows look at ${columns.length} columns; the lists have the numbers`);
     this.drawScale();
     this.mark();
@@ -189,6 +195,20 @@ class Heatmap {
     this.greatest.textContent = view.greatest.toFixed(3);
   }
 
+  /** Outline a part that is being chosen, or none. @param {import("./view.js").Part | null} part */
+  outline(part) {
+    this.mark();
+    if (!part) return;
+    const { view } = this.board;
+    const { cell } = this.layout;
+    const [left, right] = part.columns.map((place) => view.columns.indexOf(place) * cell);
+    const [top, bottom] = part.rows.map((place) => view.rows.indexOf(place) * cell);
+    const pen = this.marks.getContext("2d");
+    pen.strokeStyle = variable("--accent");
+    pen.lineWidth = 2;
+    pen.strokeRect(left + 1, top + 1, right - left + cell - 2, bottom - top + cell - 2);
+  }
+
   /** Outline row and column of the cell that is pointed at. */
   mark() {
     const { view, state } = this.board;
@@ -198,6 +218,7 @@ class Heatmap {
     const { cell } = this.layout;
     const y = view.rows.indexOf(state.cell.row);
     const x = view.columns.indexOf(state.cell.column);
+    if (x < 0 || y < 0) return;
     pen.strokeStyle = variable("--accent");
     pen.lineWidth = 1;
     pen.strokeRect(0.5, y * cell + 0.5, view.columns.length * cell - 1, cell - 1);
@@ -214,13 +235,22 @@ class Heatmap {
     this.cue.hidden = host.scrollWidth - host.clientWidth <= 1 && host.scrollHeight - host.clientHeight <= 1;
   }
 
+  /** Return column and row of the cell at the pointer; `nearest`: of the nearest one, where there is none. */
+  cellAt(event, nearest = false) {
+    const { view } = this.board;
+    const box = this.canvas.getBoundingClientRect();
+    const place = (distance, count) => {
+      const at = Math.floor(distance / this.layout.cell);
+      return nearest ? Math.min(Math.max(at, 0), count - 1) : at;
+    };
+    const [x, y] = [place(event.clientX - box.left, view.columns.length), place(event.clientY - box.top, view.rows.length)];
+    return x >= 0 && y >= 0 && x < view.columns.length && y < view.rows.length ? { x, y } : null;
+  }
+
   hover(event) {
     const { view, state } = this.board;
-    const box = this.canvas.getBoundingClientRect();
-    const x = Math.floor((event.clientX - box.left) / this.layout.cell);
-    const y = Math.floor((event.clientY - box.top) / this.layout.cell);
-    const inside = x >= 0 && y >= 0 && x < view.columns.length && y < view.rows.length;
-    const cell = inside ? { row: view.rows[y], column: view.columns[x] } : null;
+    const found = this.cellAt(event);
+    const cell = found && { row: view.rows[found.y], column: view.columns[found.x] };
     this.tip.hidden = cell === null;
     if (cell) {
       const shown = view.isOutside(cell.row, cell.column) ? "outside the window" : view.value(cell.row, cell.column).toFixed(4);

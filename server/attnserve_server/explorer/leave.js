@@ -2,7 +2,7 @@
 // same texts, measure and rank agreement as `client.faithfulness` of the SDK.
 
 import { cosine, embeddingOf } from "./answers.js";
-import { isolated, make, percent } from "./dom.js";
+import { sequenceOf } from "./selection.js";
 
 /** Return a text without some of its words; spaces around them become one. @param {import("./view.js").Token[]} tokens */
 function without(text, tokens) {
@@ -17,21 +17,27 @@ function without(text, tokens) {
   return pieces.join("").split(/\s+/u).filter(Boolean).join(" ");
 }
 
-/** Return both texts of a sequence without one word. */
-function sequenceWithout(texts, token) {
-  const left = texts.map((text, segment) => (segment === token.segment ? without(text, [token]) : text));
-  return left.length > 1 ? { text: left[0], text_pair: left[1] } : left[0];
+/** Return the sequence of an answer without some of its words, or patches of its image. @param {any} shown @param {import("./view.js").Token[]} tokens */
+function sequenceWithout({ texts, tensors, picture, view }, tokens) {
+  const left = texts.map((text, segment) => {
+    const own = tokens.filter((token) => token.patch < 0 && token.segment === segment);
+    return own.length ? without(text, own) : text;
+  });
+  const patches = tokens.filter((token) => token.patch >= 0).map((token) => token.patch);
+  return sequenceOf(left, patches.length ? [picture.tensor(patches, view.keyGrid || view.queryGrid)] : tensors);
 }
 
-/** Return whether a word can be left out: it is in the text, and not all of it. */
-function canLeave(texts, token) {
-  return !token.special && token.end > token.start && without(texts[token.segment] || "", [token]) !== "";
+/** Return whether a word, or a patch, can be left out: it is in the text, and not all of it. */
+function canLeave({ texts, picture }, token) {
+  if (token.special) return false;
+  if (token.patch >= 0) return picture !== null;
+  return token.end > token.start && without(texts[token.segment] || "", [token]) !== "";
 }
 
 /** What is compared: the score of the best label, or the cosine of the embedding. */
 class Measure {
   constructor(result) {
-    this.label = ((result.labels || {}).labels || [])[0] || null;
+    this.label = bestOf(result);
     this.embedding = this.label ? null : embeddingOf(result);
     this.whole = this.label ? this.label.score || 0 : 1;
   }
@@ -41,7 +47,7 @@ class Measure {
   }
 
   get name() {
-    return this.label ? `the score of “${this.label.text}”` : "the cosine with the embedding of the whole text";
+    return this.label ? `the score of “${nameOf(this.label)}”` : "the cosine with the embedding of the whole text";
   }
 
   /** What to request: all labels, so that the one that is compared is among them, or the embedding. */
@@ -50,17 +56,18 @@ class Measure {
     return { outputs: [], labels: { top_k: Math.min(1024, Math.max(1, ((model.head || {}).labels || []).length)) } };
   }
 
-  value(result) {
-    if (!this.label) return cosine(this.embedding, embeddingOf(result));
-    const found = ((result.labels || {}).labels || []).find((each) => (each.index || 0) === (this.label.index || 0));
-    return found ? found.score || 0 : 0;
+  /** How far the answer drops, and the label that it has now, if that is another one. @returns {{drop: number, label: any}} */
+  change(result) {
+    if (!this.label) return { drop: this.whole - cosine(this.embedding, embeddingOf(result)), label: null };
+    const found = ((result.labels || {}).labels || []).find((each) => indexOf(each) === indexOf(this.label));
+    const best = bestOf(result);
+    return { drop: this.whole - (found ? found.score || 0 : 0), label: best && indexOf(best) !== indexOf(this.label) ? best : null };
   }
 }
 
-/** Return the mean weight that each key gets over the rows that are shown. */
-function columnWeights(view) {
-  return view.keys.map((_, column) => view.rows.reduce((sum, row) => sum + view.value(row, column), 0) / view.rows.length);
-}
+const bestOf = (result) => ((result.labels || {}).labels || [])[0] || null;
+const indexOf = (label) => label.index || 0;
+const nameOf = (label) => label.text || String(indexOf(label));
 
 function ranks(values) {
   const order = [...values.keys()].sort((one, other) => values[one] - values[other]);
@@ -77,86 +84,32 @@ function ranks(values) {
 /** Return Spearman's rank correlation; equal values share their mean rank; NaN if one is constant. */
 function spearman(one, other) {
   const [first, second] = [ranks(one), ranks(other)];
-  const mean = (one.length + 1) / 2;
+  const middle = (one.length + 1) / 2;
   let [product, left, right] = [0, 0, 0];
   for (let at = 0; at < one.length; at++) {
-    product += (first[at] - mean) * (second[at] - mean);
-    left += (first[at] - mean) ** 2;
-    right += (second[at] - mean) ** 2;
+    product += (first[at] - middle) * (second[at] - middle);
+    left += (first[at] - middle) ** 2;
+    right += (second[at] - middle) ** 2;
   }
   return left && right ? product / Math.sqrt(left * right) : NaN;
 }
 
-/** Run the text without each of these words, in requests of the model's size. @returns {Promise<number[]>} drops of the measure */
-async function dropsOf(api, shown, tokens, onProgress, signal) {
-  const { model, texts, measure } = shown;
-  const drops = [];
+/**
+ * Run the sequence without each of these groups of words, in requests of the model's size.
+ * @param {any} api @param {any} shown @param {import("./view.js").Token[][]} groups @param {(done: number) => void} onProgress
+ * @returns {Promise<{drop: number, label: any}[]>} changes of the measure
+ */
+async function changesOf(api, shown, groups, onProgress, signal) {
+  const { model, measure } = shown;
+  const changes = [];
   const size = Math.max(1, Math.min(model.max_batch_size || 1, 32));
-  for (let start = 0; start < tokens.length; start += size) {
-    const sequences = tokens.slice(start, start + size).map((token) => sequenceWithout(texts, token));
+  for (let start = 0; start < groups.length; start += size) {
+    const sequences = groups.slice(start, start + size).map((tokens) => sequenceWithout(shown, tokens));
     const answer = await api.infer(model.name, model.version, { sequences, ...measure.wanted(model) }, signal);
-    drops.push(...answer.results.map((result) => measure.whole - measure.value(result)));
-    onProgress(drops.length);
+    changes.push(...answer.results.map((result) => measure.change(result)));
+    onProgress(changes.length);
   }
-  return drops;
+  return changes;
 }
 
-/** Show what leaving words out did, beside their weights. */
-function showDrops(host, shown, tokens, drops) {
-  const { view, measure } = shown;
-  const weights = columnWeights(view);
-  const places = new Map(view.keys.map((token, column) => [token.index, column]));
-  const entries = tokens.map((token, at) => ({ token, weight: weights[places.get(token.index)] || 0, drop: drops[at] }));
-  host.replaceChildren(make("h2", "", "Left out"));
-  if (entries.length === 1) {
-    const sentence = make("p");
-    const [{ token, weight, drop }] = entries;
-    sentence.append("Without ", isolated(token.text, "b"), `, ${measure.name} is ${(measure.whole - drop).toFixed(3)} instead of `);
-    sentence.append(`${measure.whole.toFixed(3)}. Other words give it ${percent(weight)} of their attention on average.`);
-    host.append(sentence);
-  } else {
-    const agreement = spearman(entries.map((each) => each.weight), entries.map((each) => each.drop));
-    const known = Number.isNaN(agreement) ? "The ranks of weights and drops cannot be compared." : `Rank agreement of weights and drops: ${agreement.toFixed(2)} (1: the same order, 0: none).`;
-    host.append(make("p", "", `How much ${measure.name} drops without each word. ${known}`), drawTable(entries, view));
-  }
-  host.hidden = false;
-}
-
-function drawTable(entries, view) {
-  const scroll = make("div", "scroll short");
-  scroll.tabIndex = 0;
-  scroll.setAttribute("role", "region");
-  scroll.setAttribute("aria-label", "words that were left out, scrolls");
-  const table = make("table");
-  const head = make("tr");
-  for (const [title, columns] of [["word", 1], ["drop", 2], ["mean weight", 2]]) {
-    const cell = make("th", "", title);
-    cell.colSpan = columns;
-    cell.scope = "col";
-    head.append(cell);
-  }
-  table.append(head);
-  const names = new Map(view.keys.map((token, column) => [token.index, view.keyNames[column]]));
-  const most = { drop: Math.max(...entries.map((each) => Math.abs(each.drop)), 1e-9), weight: Math.max(...entries.map((each) => each.weight), 1e-9) };
-  for (const entry of [...entries].sort((one, other) => other.drop - one.drop)) {
-    const line = make("tr");
-    const word = make("td");
-    word.append(isolated(names.get(entry.token.index) || entry.token.text));
-    line.append(word);
-    for (const name of ["drop", "weight"]) {
-      line.append(make("td", "value", entry[name].toFixed(3)));
-      const cell = make("td", "wide");
-      const bar = make("span", "bar");
-      const fill = make("span", entry[name] < 0 ? "fill less" : "fill");
-      fill.style.width = `${(100 * Math.abs(entry[name])) / most[name]}%`;
-      bar.append(fill);
-      cell.append(bar);
-      line.append(cell);
-    }
-    table.append(line);
-  }
-  scroll.append(table);
-  return scroll;
-}
-
-export { Measure, canLeave, dropsOf, showDrops, spearman, without };
+export { Measure, canLeave, changesOf, nameOf, spearman, without };

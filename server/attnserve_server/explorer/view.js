@@ -1,10 +1,12 @@
 // The weights of one map with its tokens: what is chosen of them, and the links that follow. Draws nothing.
 
 /**
- * @typedef {{index: number, text: string, start: number, end: number, special: boolean, segment: number}} Token
- * Offsets are in Unicode code points of the text of the segment.
+ * @typedef {{index: number, text: string, start: number, end: number, special: boolean, segment: number, patch: number}} Token
+ * Offsets are in Unicode code points of the text of the segment. `patch`: its place in a grid of patches, below 0 for none.
  * @typedef {{rows: number, columns: number, leading: number}} Grid
- * @typedef {{head: number, special: boolean, least: number, top: number}} Choice
+ * @typedef {{rows: [number, number], columns: [number, number]}} Part
+ * First and last place among queries, and among keys, of the part of a map that is shown.
+ * @typedef {{head: number, special: boolean, least: number, top: number, part?: Part | null}} Choice
  * `head`: place of a head, -1 for the mean; `least`: weights below it count as 0; `top`: kept weights of a row, 0 for all.
  * @typedef {{share: number, row: number, column: number}} FoundLink
  */
@@ -30,8 +32,9 @@ class MapView {
   /**
    * @param {{queries: Token[], keys: Token[], heads: (number|string)[], weights: Float32Array, same: boolean,
    *   outside?: ((row: number, column: number) => boolean) | null, queryGrid?: Grid | null, keyGrid?: Grid | null,
-   *   texts?: string[], signed?: boolean}} given
-   * `weights` are H * L * S, row by row; `same`: queries and keys are the same sequence; `signed`: differences
+   *   texts?: string[], signed?: boolean, names?: string[], picture?: HTMLCanvasElement | null}} given
+   * `weights` are H * L * S, row by row; `same`: queries and keys are the same sequence; `signed`: differences; `names`: of
+   * queries and keys alike, in place of their texts; `picture`: what the patches of a grid cover
    */
   constructor(given) {
     this.queries = given.queries;
@@ -44,8 +47,12 @@ class MapView {
     this.queryGrid = given.queryGrid || null;
     this.keyGrid = given.keyGrid || null;
     this.isOutside = given.outside || (() => false);
-    this.queryNames = namesOf(this.queries, this.texts);
-    this.keyNames = namesOf(this.keys, this.texts);
+    this.picture = given.picture || null;
+    /** The share of all weight that is here; null: all of it. Rows in `exact` have all of theirs. */
+    this.partial = /** @type {number | null} */ (null);
+    this.exact = new Set();
+    this.queryNames = given.names || namesOf(this.queries, this.texts);
+    this.keyNames = given.names || namesOf(this.keys, this.texts);
     this.queryMarks = this.queries.map(isPunctuation);
     this.keyMarks = this.keys.map(isPunctuation);
     this.choose({ head: -1, special: false, least: 0, top: 0 });
@@ -65,6 +72,12 @@ class MapView {
     [this.rows, this.columns] = [shown(this.queries), shown(this.keys)];
     if (!this.rows.length || !this.columns.length) {
       [this.rows, this.columns] = [[...this.queries.keys()], [...this.keys.keys()]];
+    }
+    this.everyRow = this.rows;
+    if (choice.part) {
+      const { rows, columns } = choice.part;
+      this.rows = this.rows.filter((at) => at >= rows[0] && at <= rows[1]);
+      this.columns = this.columns.filter((at) => at >= columns[0] && at <= columns[1]);
     }
     if (choice.least > 0 || choice.top > 0) this.drop(choice.least, choice.top);
     this.greatest = 0;
@@ -88,6 +101,18 @@ class MapView {
 
   value(row, column) {
     return this.matrix[row * this.keys.length + column];
+  }
+
+  /** Return the mean over the heads of the weights that each key gets, over all rows, thresholds left aside. @returns {number[]} */
+  columnMeans() {
+    const size = this.queries.length * this.keys.length;
+    const heads = this.weights.length / (size || 1);
+    return this.keys.map((_, column) => {
+      let sum = 0;
+      for (let head = 0; head < heads; head++)
+        for (const row of this.everyRow) sum += this.weights[head * size + row * this.keys.length + column];
+      return sum / (heads * this.everyRow.length);
+    });
   }
 
   /** Links of punctuation, and of a token to itself, are left out of lists: as in `AttentionMap.links` of the SDK. */

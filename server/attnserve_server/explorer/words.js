@@ -2,6 +2,7 @@
 
 import { colour, css, difference, inkOn, night } from "./colours.js";
 import { isolated, make, percent } from "./dom.js";
+import { CodeLines } from "./lines.js";
 import { isPunctuation } from "./view.js";
 
 /** The words of one board. A sentence holds its tokens with their places among queries and keys, or -1. */
@@ -39,14 +40,18 @@ class Words {
   }
 
   paragraph(sentence) {
-    const paragraph = make("div", sentence.grid ? "sentence patches" : "sentence");
+    const { texts, picture } = this.board.view;
+    const letters = texts.map((text) => [...text]);
+    const code = this.board.state.code && !sentence.grid && letters.length > 0;
+    const paragraph = make("div", sentence.grid ? "sentence patches" : code ? "sentence code-lines" : "sentence");
     paragraph.setAttribute("role", "group");
     paragraph.setAttribute("aria-label", `${sentence.label}, word by word; the arrow keys move`);
-    const letters = this.board.view.texts.map((text) => [...text]);
+    if (sentence.grid && picture) layPicture(paragraph, picture, sentence.grid);
+    const lines = code ? new CodeLines(paragraph, letters) : null;
     let before = null;
     sentence.places.forEach((at, place) => {
       const { token } = at;
-      const between = gapOf(before, token, letters);
+      const between = lines ? lines.upTo(token) : gapOf(before, token, letters);
       if (typeof between === "string" && !sentence.grid) paragraph.append(between);
       const element = make("button", `token${between === true ? " gap" : ""}${token.special ? " special" : ""}`, token.text);
       element.type = "button";
@@ -59,9 +64,11 @@ class Words {
       element.addEventListener("mouseleave", () => this.board.point(this.board.state.pinned));
       element.addEventListener("click", () => this.board.pin(at));
       sentence.elements.push(element);
-      paragraph.append(element);
+      if (lines) lines.add(element, token);
+      else paragraph.append(element);
       before = token;
     });
+    if (lines) lines.end();
     return paragraph;
   }
 
@@ -78,7 +85,8 @@ class Words {
     if (!sentence) return;
     const seen = sentence.elements.filter((element) => !element.hidden);
     const at = seen.indexOf(event.target);
-    const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: seen.length - 1 };
+    const down = sentence.grid ? sentence.grid.columns : 1;
+    const to = { ArrowRight: at + 1, ArrowDown: at + down, ArrowLeft: at - 1, ArrowUp: at - down, Home: 0, End: seen.length - 1 };
     if (!(event.key in to)) return;
     event.preventDefault();
     seen[Math.min(Math.max(to[event.key], 0), seen.length - 1)].focus();
@@ -90,6 +98,11 @@ class Words {
     for (const { places } of this.sentences)
       for (const at of places) if (at.token.index === index && (backwards ? at.column : at.row) >= 0) return at;
     return null;
+  }
+
+  /** Move the focus to a word. @param {any} at its place */
+  focus(at) {
+    for (const { places, elements } of this.sentences) if (places.includes(at)) elements[places.indexOf(at)].focus();
   }
 
   /** Return the place of the same occurrence of a token's text; null if there is none. @param {any} token @param {Words} words of the token */
@@ -143,7 +156,7 @@ class Words {
         element.classList.toggle("at", at !== null && at.token === token);
         const pressed = String(state.pinned !== null && state.pinned.token === token);
         if (element.getAttribute("aria-pressed") !== pressed) element.setAttribute("aria-pressed", pressed);
-        paintOne(element, shares[position][place], most, view.signed);
+        paintOne(element, shares[position][place], most, view.signed, Boolean(this.sentences[position].grid && view.picture));
       });
     });
     this.summarise(from);
@@ -186,12 +199,24 @@ function gapOf(before, token, letters) {
   return token.start > before.end ? text.slice(before.end, token.start).join("") : false;
 }
 
+/** Lay a picture below its patches. */
+function layPicture(host, picture, grid) {
+  const copy = make("canvas", "picture");
+  [copy.width, copy.height] = [picture.width, picture.height];
+  copy.getContext("2d").drawImage(picture, 0, 0);
+  copy.setAttribute("aria-hidden", "true");
+  copy.style.gridRow = `2 / span ${grid.rows}`;
+  copy.style.gridColumn = `1 / span ${grid.columns}`;
+  host.classList.add("over");
+  host.append(copy);
+}
+
 /** Colours of a word: what lies between two of them cannot be told apart, and a word that keeps its own is not painted. */
 const STEPS = 40;
 /** The colour that each element has, as a step of its scheme. */
 const painted = new WeakMap();
 
-function paintOne(element, share, most, both) {
+function paintOne(element, share, most, both, over = false) {
   const known = share !== null && most > 0;
   const title = known ? signed(share, both) : "";
   if (element.title !== title) element.title = title;
@@ -205,9 +230,11 @@ function paintOne(element, share, most, both) {
   }
   const part = Math.abs(step) / STEPS;
   const rgb = both ? difference((step / STEPS) * 0.9) : colour(part ** 0.75 * 0.85);
-  element.style.backgroundColor = css(rgb);
+  element.style.backgroundColor = over ? `rgba(${rgb.join(",")},${(0.85 * part).toFixed(3)})` : css(rgb);
   element.style.color = inkOn(rgb);
-  element.style.boxShadow = part > 0.15 ? `0 ${Math.ceil(4 * part)}px 0 var(--soft)` : "";
+  // Over a picture, a frame as thick as the weight does not depend on the colours below.
+  if (over) element.style.boxShadow = part > 0.15 ? `inset 0 0 0 ${Math.ceil(4 * part)}px ${css(rgb)}` : "";
+  else element.style.boxShadow = part > 0.15 ? `0 ${Math.ceil(4 * part)}px 0 var(--soft)` : "";
 }
 
 /** Place a patch as in the image, leading units in the row above. */
