@@ -988,6 +988,9 @@ function gapOf(before, token, letters) {
   return token.start > before.end ? text.slice(before.end, token.start).join("") : false;
 }
 
+/** Pixels that the patches of an image fill, where these are large enough to be pointed at. */
+const WIDE = 420;
+
 /** Lay a picture below its patches. */
 function layPicture(host, picture, grid) {
   const copy = make("canvas", "picture");
@@ -996,6 +999,8 @@ function layPicture(host, picture, grid) {
   copy.setAttribute("aria-hidden", "true");
   copy.style.gridRow = `2 / span ${grid.rows}`;
   copy.style.gridColumn = `1 / span ${grid.columns}`;
+  const cell = Math.min(64, Math.max(26, Math.floor(WIDE / grid.columns)));
+  host.style.gridAutoColumns = host.style.gridAutoRows = `${cell}px`;
   host.classList.add("over");
   host.append(copy);
 }
