@@ -21,6 +21,7 @@ from attnserve_server.domain.clock import Clock, MonotonicClock
 from attnserve_server.lifecycle import Lifecycle
 from attnserve_server.lifetime import write_ports
 from attnserve_server.local_models import LocalModels
+from attnserve_server.observability.audit import audit_of
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.observability.trace_context import FLUSH_S, tracing_of
@@ -55,7 +56,8 @@ class Application:
         self.catalog = Catalog()
         self.health = Health()
         self.tracing = tracing_of(settings, self.metrics, self.clock)
-        self.plane = plane_of(self.catalog, settings, self.clock, self.tracing)
+        self.audit = audit_of(settings, self.metrics)
+        self.plane = plane_of(self.catalog, settings, self.clock, self.tracing, self.audit)
         buckets = Buckets(MAX_TOKENS)
         self.keeper = Keeper(settings, self.metrics, buckets)
         access = self.access = Access(self.keeper.start(), self.metrics, self.clock, buckets)
@@ -139,9 +141,11 @@ class Application:
             await self.tracing.aclose(min(FLUSH_S, max(_LEAST_STOP_S, end - self.clock.now())))
 
     def reread(self) -> None:
-        """Read the files of TLS and tokens, and the repository again now: for SIGHUP."""
+        """Read the files of TLS and tokens, and the repository again now, and reopen the audit log: for SIGHUP."""
         self.keeper.hurry()
         self.lifecycle.hurry()
+        if self.audit is not None:
+            self.audit.reopen()
 
     async def aclose(self) -> None:
         """Stop everything at once, and cancel pending requests."""
@@ -153,6 +157,8 @@ class Application:
         await asyncio.gather(self.http.stop(), self.rest.stop(0), self.lifecycle.aclose())
         await self.models.aclose()
         self.plane.close()
+        if self.audit is not None:
+            await asyncio.to_thread(self.audit.close, _LEAST_STOP_S)
         if self.tracing is not None:
             await self.tracing.aclose(_LEAST_STOP_S)
 

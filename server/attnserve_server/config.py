@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from attnserve_server.config_audit import AuditSettings
 from attnserve_server.config_bounds import MIB, Bounds, Count, size_of
 from attnserve_server.config_engines import EngineSettings
 from attnserve_server.config_models import ModelSettings
@@ -56,7 +57,7 @@ class SettingsInvalid(AttnserveError):
         super().__init__("; ".join(faults))
 
 
-class Serving(ModelSettings, ReachSettings, EngineSettings):
+class Serving(ModelSettings, ReachSettings, AuditSettings, EngineSettings):
     """What is served, where, to whom, and how it runs. Each description ends with the reason for the default."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)

@@ -108,7 +108,7 @@ class Secured:
 
 @pytest.fixture(scope="session")
 def secured(engine: Engine, image: str, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    """A container as an operator would run it: TLS, and the tokens `caller` and `prometheus`."""
+    """A container as an operator would run it: TLS, the tokens `caller` and `prometheus`, an audit log."""
     folder = tmp_path_factory.mktemp("secrets")
     folder.chmod(0o755)
     files, tokens = Files(folder), Tokens(folder / "tokens.txt")
@@ -118,7 +118,10 @@ def secured(engine: Engine, image: str, models: Path, tmp_path_factory: pytest.T
         "ATTNSERVE_TLS_CERT": f"/secrets/{files.cert.name}",
         "ATTNSERVE_TLS_KEY": f"/secrets/{files.key.name}",
         "ATTNSERVE_TOKENS_FILE": f"/secrets/{tokens.path.name}",
+        "ATTNSERVE_AUDIT_LOG": "/dev/null",
+        "ATTNSERVE_AUDIT_KEY_FILE": "/secrets/audit.key",
     }
+    (folder / "audit.key").write_bytes(os.urandom(32))
     with running(engine, image, models, [f"{folder}:/secrets:ro"], **env) as served:
         yield Secured(served, files, tokens)
 

@@ -1,4 +1,4 @@
-"""A bounded queue of log lines, the thread that writes it, and pipes whose text becomes log lines.
+"""Bounded queues of lines, the threads that write them, and pipes whose text becomes lines.
 
 A full pipe blocks its writer, and a blocked event loop answers no request. Here only the queue's own thread writes: a
 log that is not read costs lines, which are counted, and never an answer. The standard library's QueueHandler and
@@ -14,8 +14,10 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sized
+from typing import Final, Generic, TypeVar
+
+Line = TypeVar("Line", bound=Sized)
 
 MAX_LINES: Final = 1024
 MAX_BYTES: Final = 2**20
@@ -27,39 +29,32 @@ _PIPE_BYTES: Final = 2**20
 _CHUNK: Final = 65_536
 
 
-class LogQueue:
-    """Lines that wait for a descriptor, and the thread that writes them.
+class LineQueue(Generic[Line]):
+    """Lines that wait to be written, and the thread that writes them, as a subclass states in `_write`.
 
-    `put` may be called by any thread, and never waits for the descriptor. A line is dropped, and counted, if the queue
-    is full or the write fails: a closed pipe, a full disk.
+    `put` may be called by any thread, and never waits for a write. A line is dropped, and counted, if the queue is full
+    or its write fails. The length of a line is the number of bytes that it keeps in memory; one of length 0 is always
+    taken, and not counted: it only has the thread call `_write`.
     """
 
-    def __init__(
-        self,
-        descriptor: int,
-        on_dropped: Callable[[int], None] | None = None,
-        *,
-        max_lines: int = MAX_LINES,
-        max_bytes: int = MAX_BYTES,
-    ) -> None:
-        """Start the thread.
+    def __init__(self, name: str, on_dropped: Callable[[int], None] | None, max_lines: int, max_bytes: int) -> None:
+        """Start the thread, which uses what a subclass sets before.
 
         Args:
-            descriptor: where the lines go. It may be shared with other processes, so its flags are left as they are.
+            name: of the thread.
             on_dropped: called by the thread with the number of dropped lines that were not reported before, once a
                 write succeeds and the queue is at most half full.
             max_lines: lines that wait.
             max_bytes: bytes of the lines that wait.
         """
-        self._descriptor = descriptor
         self._on_dropped = on_dropped
         self._max_lines, self._max_bytes = max_lines, max_bytes
-        self._lines: deque[bytes] = deque()
+        self._lines: deque[Line] = deque()
         self._bytes = 0
-        self._dropped = self._reported = 0
-        self._torn = self._writing = self._closed = False
+        self._dropped = self._reported = self._written = 0
+        self._writing = self._closed = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._write_all, name="log-writer", daemon=True)
+        self._thread = threading.Thread(target=self._write_all, name=name, daemon=True)
         self._thread.start()
 
     @property
@@ -67,11 +62,16 @@ class LogQueue:
         """Lines dropped so far."""
         return self._dropped
 
-    def put(self, line: bytes) -> None:
-        """Add a line, with its line end; drop it if the queue is full or closed."""
+    @property
+    def written(self) -> int:
+        """Lines written so far."""
+        return self._written
+
+    def put(self, line: Line) -> None:
+        """Add a line; drop it if the queue is full or closed."""
         with self._changed:
             fits = len(self._lines) < self._max_lines and self._bytes + len(line) <= self._max_bytes
-            if self._closed or not fits:
+            if self._closed or not (fits or not len(line)):
                 self._dropped += 1
                 return
             self._lines.append(line)
@@ -98,6 +98,7 @@ class LogQueue:
         while (line := self._next()) is not None:
             written = self._write(line)
             with self._changed:
+                self._written += written and len(line) > 0
                 self._dropped += not written
                 unreported = self._dropped - self._reported
                 is_low = len(self._lines) <= self._max_lines // 2 and self._bytes <= self._max_bytes // 2
@@ -110,7 +111,7 @@ class LogQueue:
                 self._writing = False
                 self._changed.notify_all()
 
-    def _next(self) -> bytes | None:
+    def _next(self) -> Line | None:
         """Wait for a line and take it; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._lines or self._closed)
@@ -120,6 +121,34 @@ class LogQueue:
             self._bytes -= len(line)
             self._writing = True
             return line
+
+    def _write(self, line: Line) -> bool:
+        """Write one line. Return False if it could not be written, or in part only. The queue's thread only."""
+        raise NotImplementedError
+
+
+class LogQueue(LineQueue[bytes]):
+    """Lines, each with its line end, that wait for a descriptor. A closed pipe, or a full disk, drops them."""
+
+    def __init__(
+        self,
+        descriptor: int,
+        on_dropped: Callable[[int], None] | None = None,
+        *,
+        max_lines: int = MAX_LINES,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            descriptor: where the lines go. It may be shared with other processes, so its flags are left as they are.
+            on_dropped: as `LineQueue`.
+            max_lines: as `LineQueue`.
+            max_bytes: as `LineQueue`.
+        """
+        self._descriptor = descriptor
+        self._torn = False
+        super().__init__("log-writer", on_dropped, max_lines, max_bytes)
 
     def _write(self, line: bytes) -> bool:
         """Write one line. Return False if it could not be written, or in part only."""

@@ -1,4 +1,4 @@
-"""The metrics of bounds, refusals, and of files that are loaded again; all others are in `metrics`."""
+"""The metrics of bounds, refusals, files that are loaded again, and audit lines; all others are in `metrics`."""
 
 from __future__ import annotations
 
@@ -63,4 +63,10 @@ SPANS: Final = MetricSpec(
     "attnserve_spans_total",
     "Spans of `--tracing` that were `exported`, or lost: `queue_full`, as the collector is too slow, or `failed`.",
     ("outcome",),
+)
+AUDIT_LINES: Final = MetricSpec(
+    Counter,
+    "attnserve_audit_lines_total",
+    "Lines of `--audit-log` that were `written`, or `dropped`, because the disk was full or slower than requests came.",
+    ("result",),
 )

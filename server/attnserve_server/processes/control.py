@@ -21,7 +21,8 @@ ARENA_BYTES: Final = 64 * 2**20
 class FrontStart(msgspec.Struct, tag=True):
     """Starts one of `fronts` fronts, which listens at the first `Sync`. `settings`: as JSON.
 
-    `bounds`: the fields of `ReceiveBounds`. Package: its pulse, and the quotas that all fronts share.
+    `bounds`: the fields of `ReceiveBounds`. Package: its pulse, the quotas that all fronts share, and with an
+    `audit_key` the pipe of the audit log.
     """
 
     settings: bytes
@@ -29,6 +30,7 @@ class FrontStart(msgspec.Struct, tag=True):
     package: int
     fronts: int
     bounds: tuple[int, ...]
+    audit_key: bytes = b""
 
 
 class Add(msgspec.Struct, tag=True):

@@ -19,6 +19,7 @@ from attnserve_server.access.tokens import MAX_TOKENS
 from attnserve_server.config import Settings
 from attnserve_server.domain.clock import MonotonicClock
 from attnserve_server.lifetime import EXIT_DRAINED
+from attnserve_server.observability.audit import Audit, to_pipe
 from attnserve_server.observability.metrics import Metrics
 from attnserve_server.observability.trace_context import FLUSH_S, tracing_of
 from attnserve_server.processes.changing import RemoteLifecycle
@@ -63,8 +64,9 @@ class FrontProcess:
         self._catalog = Catalog()
         self._health = Health()
         self._tracing = tracing_of(settings, self._metrics, self._clock)
-        self._plane = plane_of(self._catalog, settings, self._clock, self._tracing)
-        (buckets,) = supervisor.given
+        buckets, *pipes = supervisor.given
+        self._audit = Audit(settings, self._metrics, start.audit_key, to_pipe(pipes[0])) if pipes else None
+        self._plane = plane_of(self._catalog, settings, self._clock, self._tracing, self._audit)
         self._access = Access(start.material, self._metrics, self._clock, Buckets(MAX_TOKENS, buckets))
         os.close(buckets)
         self._models = FrontModels(
@@ -155,6 +157,9 @@ class FrontProcess:
         left_s = max(_LEAST_STOP_S, end - self._clock.now())
         await asyncio.gather(self._grpc.stop(left_s), self._rest.stop(left_s))
         self._plane.close()
+        if self._audit is not None:
+            left_s = min(FLUSH_S, max(_LEAST_FLUSH_S, end - self._clock.now()))
+            await asyncio.to_thread(self._audit.close, left_s)
         if self._tracing is not None:
             await self._tracing.aclose(min(FLUSH_S, max(_LEAST_FLUSH_S, end - self._clock.now())))
 

@@ -7,6 +7,7 @@ first, then engines. If a front ends before it listens, the server drains, and e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Coroutine, Sequence
@@ -27,6 +28,7 @@ from attnserve_server.engine.instance_thread import Places, SharedOccupancy
 from attnserve_server.isolation.arena import Arena
 from attnserve_server.lifecycle import Lifecycle
 from attnserve_server.lifetime import write_ports
+from attnserve_server.observability.audit import audit_of
 from attnserve_server.observability.logs import logger
 from attnserve_server.observability.metrics import LOG_LINES_DROPPED, Metrics
 from attnserve_server.observability.trace_context import check_tracing
@@ -53,6 +55,8 @@ _FRONTS_END_S: Final = 0.7
 """Seconds after the grace period until which fronts refuse what is left, and end."""
 _ENGINES_END_S: Final = 0.8
 """The same for engines, which have nothing left to do then. An engine whose run cannot be stopped is killed."""
+_AUDIT_END_S: Final = 0.5
+"""Seconds that the last audit lines may take, once the fronts have ended."""
 _WATCH_S: Final = 0.2
 """Seconds between two looks at the processes."""
 
@@ -83,6 +87,7 @@ class Supervisor:
         buckets = Buckets(MAX_TOKENS, self._descriptor)
         self.keeper = Keeper(settings, self._own, buckets)
         self.access = Access(self.keeper.start(), self._own, self.clock, buckets)
+        self._audit = audit_of(settings, self._own)
         self._pages = Pages(self.catalog, self.health, self.metrics, lambda: not self.fault.is_set(), self._collect)
         self.http = HttpServer(guarded(Starlette(routes=routes(self._pages.page)), self.access), self.access)
         self.children = Children(self.metrics)
@@ -177,9 +182,11 @@ class Supervisor:
             await asyncio.wait(running, timeout=max(0.0, until_s - self.clock.now()))
 
     def reread(self) -> None:
-        """Read the files of TLS and tokens, and the repository again now: for SIGHUP."""
+        """Read the files of TLS and tokens, and the repository again now, and reopen the audit log: for SIGHUP."""
         self.keeper.hurry()
         self.lifecycle.hurry()
+        if self._audit is not None:
+            self._audit.reopen()
 
     async def aclose(self) -> None:
         """End all processes at once."""
@@ -191,6 +198,8 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.children.aclose()
+        if self._audit is not None:
+            await asyncio.to_thread(self._audit.close, _AUDIT_END_S)
         await self.lifecycle.aclose()
         self.health.close()
         await self.http.stop()
@@ -237,8 +246,13 @@ class Supervisor:
         http_port = self.rest_port if self.settings.merges_ports else self.settings.http_port
         ports = {"grpc_port": self.grpc_port, "rest_port": self.rest_port, "http_port": http_port}
         settings = self.settings.model_copy(update=ports).model_dump_json().encode()
-        package = front.child.first_package(self._descriptor)
-        return FrontStart(settings, self.keeper.material, package, len(self._fronts), astuple(self._bounds))
+        key = b""
+        with contextlib.ExitStack() as sent:
+            pipes = []
+            if self._audit is not None:
+                key, pipes = self._audit.key, [sent.enter_context(self._audit.pipe(front.name))]
+            package = front.child.first_package(self._descriptor, *pipes)
+        return FrontStart(settings, self.keeper.material, package, len(self._fronts), astuple(self._bounds), key)
 
     def front_started(self, front: KeptFront) -> None:
         """Send a front all models."""

@@ -26,6 +26,7 @@ from attnserve_server.scheduling.turns import Turns
 
 if TYPE_CHECKING:  # the engine imports the runtime, which a front process does without; traces need an extra
     from attnserve_server.engine.session import RunHandle
+    from attnserve_server.observability.audit import Note
     from attnserve_server.observability.tracing import Trace
 
 _length_key: Final = attrgetter("length_key")
@@ -69,8 +70,8 @@ class Request:
     """
 
     __slots__ = (
-        *("_results", "_waiter", "arrived_s", "caller", "deadline_s", "entries", "received_bytes", "request_id"),
-        *("state", "trace"),
+        *("_results", "_waiter", "arrived_s", "caller", "deadline_s", "entries", "note", "received_bytes"),
+        *("request_id", "state", "trace"),
     )
 
     def __init__(
@@ -93,6 +94,8 @@ class Request:
         """When it was admitted, in monotonic seconds."""
         self.trace: Trace | None = None
         """Where its spans go; None: it has none."""
+        self.note: Note | None = None
+        """What the audit log keeps of it until it ends; None without such a log, and afterwards."""
         self.entries: list[Entry] = []
         self._results: dict[int, SequenceResult] = {}
         self._waiter: asyncio.Future[list[SequenceResult]] | None = None

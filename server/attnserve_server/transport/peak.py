@@ -5,6 +5,7 @@
     + queue x 9/8                            sequences that wait, and their answers, of each model
     + unread answers                         computed and not read
     + messages being received                the budget
+    + lines of the audit log that wait       with `--audit-log`, in each process that serves or writes it
     + a constant for each process            libraries, connections, pools
     + arenas between processes               with `--isolation process`
 
@@ -25,6 +26,7 @@ from attnserve_server.domain.machine import cores, memory_bytes
 from attnserve_server.engine.cost import Footprint
 from attnserve_server.model.manifest import Manifest
 from attnserve_server.model.repository import Bundle
+from attnserve_server.observability.audit import queue_bytes
 from attnserve_server.observability.logs import logger
 from attnserve_server.transport.receiving import ReceiveBounds
 
@@ -46,6 +48,7 @@ class Peak:
     queues: int
     unread: int
     received: int
+    audit: int
     processes: int
 
     @property
@@ -76,7 +79,8 @@ def peak_of(bundles: Sequence[Bundle], settings: Settings, bounds: ReceiveBounds
         engines = len(bundles)
         processes = (fronts + 1) * FRONT_BYTES + engines * ENGINE_BYTES + fronts * engines * ARENAS_BYTES
     queues = len(bundles) * settings.max_queue_bytes * 9 // 8
-    return Peak(weights, runs, queues, settings.max_unread_bytes, received, processes)
+    audit = queue_bytes(settings) * (fronts + 1)
+    return Peak(weights, runs, queues, settings.max_unread_bytes, received, audit, processes)
 
 
 def run_bytes(manifest: Manifest, settings: Settings) -> int:
@@ -111,5 +115,6 @@ def why_above(peak: Peak, available: int | None = None) -> str:
         "queues": "lower --max-queue-bytes",
         "unread": "lower --max-unread-bytes",
         "received": "lower --receive-budget-bytes",
+        "audit": "lower --max-request-bytes, or leave out --audit-log",
         "processes": "lower --fronts, or set --isolation none",
     }[largest]

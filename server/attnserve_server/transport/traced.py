@@ -20,6 +20,7 @@ from attnserve_server.observability.metrics import RPC_SECONDS, Metrics
 from attnserve_server.observability.spec import HTTP_SECONDS
 from attnserve_server.observability.trace_context import CALL
 from attnserve_server.scheduling.catalog import Catalog
+from attnserve_server.transport.audited import AuditedPlane
 from attnserve_server.transport.dataplane import DataPlane
 from attnserve_server.transport.rpc import Context, remaining_s
 from attnserve_server.transport.servicer import Failure, RpcMetrics, aborted_with
@@ -27,6 +28,7 @@ from attnserve_server.transport.status import name_of_code
 from attnserve_server.transport.traced_plane import SERVER_FAULTS, TRACE, TracedPlane
 
 if TYPE_CHECKING:
+    from attnserve_server.observability.audit import Audit
     from attnserve_server.observability.tracing import Trace, Tracing
 
 T = TypeVar("T")
@@ -141,9 +143,19 @@ def _enter(trace: Trace) -> None:
     structlog.contextvars.bind_contextvars(trace_id=trace.trace_id)
 
 
-def plane_of(catalog: Catalog, settings: Settings, clock: Clock, tracing: Tracing | None) -> DataPlane:
-    """Return the data plane of a process."""
+def plane_of(
+    catalog: Catalog, settings: Settings, clock: Clock, tracing: Tracing | None, audit: Audit | None = None
+) -> DataPlane:
+    """Return the data plane of a process. `tracing`, `audit`: take spans and audit lines; None: there are none."""
+    if audit is not None:
+        if tracing is not None:
+            return AuditedTracedPlane(catalog, settings, clock, tracing, audit=audit)
+        return AuditedPlane(catalog, settings, clock, audit=audit)
     return DataPlane(catalog, settings, clock) if tracing is None else TracedPlane(catalog, settings, clock, tracing)
+
+
+class AuditedTracedPlane(AuditedPlane, TracedPlane):
+    """A data plane that writes audit lines, and adds spans."""
 
 
 def rpcs_of(metrics: Metrics, clock: Clock, plane: DataPlane) -> RpcMetrics:
