@@ -20,7 +20,7 @@ DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve quick test coverage browser check format e2e dist changelog proto client docs bench acceptance peers complexity \
-	batching foreign foreign-short clients schemas fuzz fuzz-short fuzz-batching faults faults-full soak image clean
+	batching foreign foreign-short clients schemas types fuzz fuzz-short fuzz-batching faults faults-full soak image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -155,6 +155,11 @@ soak: $(VENV)/.dev ## Load one server for SOAK_SECONDS (1800) with all faults at
 schemas: ## Install the schemas of the Prometheus operator and KEDA into .schemas, for the tests of the chart (needs npm)
 	@mkdir -p .schemas && cp deploy/schemas/package.json deploy/schemas/.npmrc deploy/schemas/check.mjs .schemas/
 	npm install --silent --no-audit --no-fund --prefix .schemas
+
+types: ## Check the types of the explorer's modules by their JSDoc, with the pinned compiler in .types (needs npm)
+	@mkdir -p .types && cp tests/types/package.json deploy/schemas/.npmrc .types/
+	npm install --silent --no-audit --no-fund --prefix .types
+	.types/node_modules/.bin/tsc --project tests/types
 
 e2e: $(VENV)/.dev $(DEMO_BUNDLE) ## Build the image, run it hardened, scrape it with a real Prometheus
 	ATTNSERVE_E2E_REPOSITORY=$(abspath $(DEMO)/models) $(BIN)/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
