@@ -39,6 +39,10 @@ class Svg(str):
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        """Return the size alone: notebooks store it beside the drawing."""
+        return f"<SVG of {len(self)} characters>"
+
     def _repr_svg_(self) -> str:
         return str(self)
 

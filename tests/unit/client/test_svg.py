@@ -300,7 +300,9 @@ def test_text_of_other_scripts_is_unchanged(shared_server: FakeServer) -> None:
 
 def test_a_notebook_draws_a_drawing_and_stores_short_maps_as_svg() -> None:
     found = map_of(words(5))
-    assert found.to_svg("arcs")._repr_svg_() == found.to_svg("arcs")
+    drawing = found.to_svg("arcs")
+    assert drawing._repr_svg_() == str(drawing) == drawing
+    assert repr(drawing) == f"<SVG of {len(drawing)} characters>"
     assert found._repr_svg_() == found.to_svg()
     assert map_of(words(101))._repr_svg_() is None
     scores = map_of(words(3), values="scores")
