@@ -1,4 +1,4 @@
-"""Settings of the audit log: what is recorded of each request, and where. `config.Settings` has them with the rest."""
+"""Settings of the audit log and of row features: what is recorded of requests. `config.Settings` has them too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings
 
 
 class AuditSettings(BaseSettings):
-    """The settings of the audit log. Each description ends with the reason for the default."""
+    """The settings of the audit log and of row features. Each description ends with the reason for the default."""
 
     audit_log: Path | None = Field(
         None,
@@ -35,6 +35,13 @@ class AuditSettings(BaseSettings):
     )
     audit_keep: Annotated[int, Field(ge=1, le=9999)] = Field(
         10, description="Renamed audit logs that are kept. Default: 10, with which 1 GiB is ten files of 100 MiB."
+    )
+
+    feature_sample: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="Share of the requests without selected features whose row features are counted all the same, for "
+        "the histograms of attention and for its drift. Their answers do not change. Default: 0, as weights that no "
+        "caller selects cost time.",
     )
 
     @field_validator("audit_log", "audit_key_file", mode="before")

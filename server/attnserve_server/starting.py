@@ -14,6 +14,7 @@ from attnserve_server.domain.machine import resident_bytes
 from attnserve_server.engine.cost_file import read_costs, write_costs
 from attnserve_server.engine.executor import Executor
 from attnserve_server.engine.instance_thread import Occupancy
+from attnserve_server.engine.observer import Observer
 from attnserve_server.engine.pulse import Pulse
 from attnserve_server.engine.session import CPU
 from attnserve_server.engine.shrinking import Shrinker
@@ -94,7 +95,7 @@ async def start_model(
     instances = instances_of(opened.sessions, settings)
     executor = WatchedExecutor(
         opened.sessions, manifest, metrics, clock, instances, opened.past_sessions, opened.wide, occupancy,
-        pulse=pulse, floor_s=settings.watchdog_floor_s,
+        pulse=pulse, floor_s=settings.watchdog_floor_s, observer=Observer(settings.feature_sample, manifest, metrics),
     )  # fmt: skip
     executor.start()
     named = {"model": manifest.name, "version": manifest.version}

@@ -108,7 +108,7 @@ class Secured:
 
 @pytest.fixture(scope="session")
 def secured(engine: Engine, image: str, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    """A container as an operator would run it: TLS, the tokens `caller` and `prometheus`, an audit log."""
+    """A container as an operator would run it: TLS, the tokens `caller` and `prometheus`, an audit log, drift."""
     folder = tmp_path_factory.mktemp("secrets")
     folder.chmod(0o755)
     files, tokens = Files(folder), Tokens(folder / "tokens.txt")
@@ -120,6 +120,7 @@ def secured(engine: Engine, image: str, models: Path, tmp_path_factory: pytest.T
         "ATTNSERVE_TOKENS_FILE": f"/secrets/{tokens.path.name}",
         "ATTNSERVE_AUDIT_LOG": "/dev/null",
         "ATTNSERVE_AUDIT_KEY_FILE": "/secrets/audit.key",
+        "ATTNSERVE_FEATURE_SAMPLE": "0.5",
     }
     (folder / "audit.key").write_bytes(os.urandom(32))
     with running(engine, image, models, [f"{folder}:/secrets:ro"], **env) as served:

@@ -48,11 +48,17 @@ def features_of(
     "Efficient Streaming Language Models with Attention Sinks", section 3.1, for the first token; Vig and Belinkov 2019,
     "Analyzing the Structure of Attention in a Transformer Language Model", for distance.
     """
+    return exact_features(weights, features, queries, keys).astype(np.float32)
+
+
+def exact_features(
+    weights: Rows, features: Sequence[AttentionFeature], queries: Indices, keys: Indices | BandKeys
+) -> Rows:
+    """Compute features of rows, as `features_of`, in float64."""
     if keys.ndim == 2:
         # The filling of a window is no key: what it takes is in no map over all keys either.
         weights = np.where(keys >= 0, weights, 0)
-    made = [_feature(weights, feature, queries, keys) for feature in features]
-    return np.stack(made, axis=2).astype(np.float32)
+    return np.stack([_feature(weights, feature, queries, keys) for feature in features], axis=2)
 
 
 def _feature(weights: Rows, feature: AttentionFeature, queries: Indices, keys: Indices | BandKeys) -> Rows:

@@ -39,6 +39,17 @@ TryMore = Annotated[
         "clearly faster.",
     ),
 ]
+ReferenceTexts = Annotated[
+    Path | None,
+    typer.Option(
+        "--reference-texts",
+        exists=True,
+        dir_okay=False,
+        metavar="FILE",
+        help="Texts like those that the model will serve, one a line: what its attention is like on them is stored in "
+        "the bundle, and the server reports how far requests drift from it. Without it: English sentences.",
+    ),
+]
 Target = Annotated[
     Literal["cpu", "openvino"],
     typer.Option(

@@ -18,6 +18,7 @@ from attnserve_server.cli._options import (
     MaxBatchSize,
     Name,
     PrecisionOption,
+    ReferenceTexts,
     RepositoryRoot,
     Target,
     TryMore,
@@ -124,6 +125,7 @@ def export(  # noqa: PLR0913 - the options of a command
     target: Target = "cpu",
     batching: BatchingOption = "proved",
     attack_seconds: AttackSeconds = 60.0,
+    reference_texts: ReferenceTexts = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert a Hugging Face model or a model of the zoo to a bundle, and check the bundle against the model."""
@@ -152,6 +154,7 @@ def export(  # noqa: PLR0913 - the options of a command
             target=named(target),
             batching=batching,
             attack_seconds=attack_seconds,
+            reference_texts=_texts(reference_texts),
             embedding_sizes=tuple(embedding_size or ()),
         )
         _report(export_bundle(request, Steps(Console(stderr=True))), batching, as_json=as_json)
@@ -211,6 +214,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
     target: Target = "cpu",
     batching: BatchingOption = "proved",
     attack_seconds: AttackSeconds = 60.0,
+    reference_texts: ReferenceTexts = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert an ONNX file to a bundle: find its attention, add taps, and check them against the file."""
@@ -238,6 +242,7 @@ def prepare(  # noqa: PLR0913 - the options of a command
             precision=precision,
             batching=batching,
             attack_seconds=attack_seconds,
+            reference_texts=_texts(reference_texts),
             requantize=requantize,
         )
         _report(prepare_bundle(request, Steps(Console(stderr=True))), batching, as_json=as_json)
@@ -249,6 +254,19 @@ def _check_names(name: str, version: str) -> None:
         raise typer.BadParameter(f"{name!r} does not match {NAME_PATTERN}", param_hint="--name")
     if version and not is_model_version(version):
         raise typer.BadParameter(f"{version!r} is not a positive integer", param_hint="--version")
+
+
+def _texts(file: Path | None) -> tuple[str, ...]:
+    """Return the lines of a file of texts. Raises BadParameter for one without text, or that is not UTF-8."""
+    if file is None:
+        return ()
+    try:
+        found = tuple(line for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"byte {error.start} is not UTF-8", param_hint="--reference-texts") from None
+    if not found:
+        raise typer.BadParameter("the file has no text; write one text a line", param_hint="--reference-texts")
+    return found
 
 
 def _max_lengths(options: Sequence[str]) -> tuple[int | None, dict[str, int]]:

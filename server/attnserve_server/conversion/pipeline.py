@@ -24,6 +24,7 @@ from attnserve_server.conversion.precision.calibration import ranges_of
 from attnserve_server.conversion.precision.choose import Precision, in_precision
 from attnserve_server.conversion.precision.per_row import Scheme, with_scale_per_row
 from attnserve_server.conversion.precision.quality import with_quality
+from attnserve_server.conversion.precision.reference_features import with_reference_features
 from attnserve_server.conversion.sources.source import Source, SourceGraph
 from attnserve_server.conversion.verify.certify import ATTACK_SECONDS, Certified, certify, refuse_swapped_axes
 from attnserve_server.conversion.verify.compare import check_against_itself, check_against_source
@@ -60,6 +61,7 @@ class Options:
         target: the execution provider on which alternatives are tried.
         batching: the policy that warnings and checks assume.
         attack_seconds: time limit of the attack on what is not proved.
+        reference_texts: on which row features are measured, for comparison when it serves; empty: English sentences.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Options:
     target: str = CPU
     batching: Batching = "proved"
     attack_seconds: float = ATTACK_SECONDS
+    reference_texts: tuple[str, ...] = ()
 
 
 class Conversion:
@@ -249,17 +252,9 @@ class Conversion:
         """
         if self.reduced is self.source.proto:
             return  # the source has this precision already
-        self.manifest = with_quality(
-            self.manifest,
-            self.assembled.model_path,
-            self.source.proto,
-            self.sampler,
-            self.source.tokenizer,
-            self.work,
-            self.steps,
-            self.options.batching,
-            alone=self.requantized is not None,
-        )
+        graphs = self.manifest, self.assembled.model_path, self.source.proto, self.sampler
+        how = self.source.tokenizer, self.work, self.steps, self.options.batching
+        self.manifest = with_quality(*graphs, *how, alone=self.requantized is not None)
 
     def warm_up(self) -> None:
         """Run every shape of the server's warm-up, and lower the greatest batch if one fails."""
@@ -280,10 +275,12 @@ class Conversion:
             self.files[PAST_FILE] = self.continuing.path
 
     def make_golden(self) -> None:
-        """Record the answers of the finished graph to a few sequences."""
+        """Record the answers of the finished graph to a few sequences, and its row features on sentences."""
         made_with = (self.manifest, self.session, self.sampler, self.work, self.steps, self.options.batching)
-        self.manifest, golden = with_golden(*made_with, continuing=self.continuing)
+        described, golden = with_golden(*made_with, continuing=self.continuing)
         self.files.update(golden)
+        how = self.source.tokenizer, self.options.batching, self.options.reference_texts
+        self.manifest = with_reference_features(described, self.session, *how)
 
     def write(self) -> None:
         """Write the bundle; graphs share their weights. Raises BundleInvalid if the disk refuses."""
@@ -309,8 +306,7 @@ class Conversion:
 
     def _text(self) -> TextSpec | None:
         """Return how text fills the inputs; None if clients cannot send text."""
-        source = self.source
-        if source.tokenizer is None:
+        if (source := self.source).tokenizer is None:
             return None
         text = text_of(source.signature.inputs, self.max_lengths, source.pair_start)
         written = written_text(source.tokenizer, text, source.signature.inputs, self.axes, self.steps)

@@ -1,20 +1,28 @@
-"""The executor of a server: it states each run in the process's pulse before it begins, with the time it may take."""
+"""The executor of a server: it states each run in the process's pulse before it begins, with the time it may take.
+
+It also has row features counted, by an `Observer`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 from attnserve_server.domain.errors import AttnserveError
-from attnserve_server.domain.values import Array, PreparedSequence
-from attnserve_server.engine.cost import CostModel
+from attnserve_server.domain.values import Array, PreparedSequence, RunFacts
+from attnserve_server.engine.collation import CollatedBatch
+from attnserve_server.engine.cost import CostModel, TimedRun
 from attnserve_server.engine.executor import Executor, Outcome
 from attnserve_server.engine.failpoints import fault_of
+from attnserve_server.engine.graph import Counts
+from attnserve_server.engine.observer import Drawn, Observer
 from attnserve_server.engine.providers import CPU
 from attnserve_server.engine.pulse import Pulse
 from attnserve_server.engine.session import RunHandle
 from attnserve_server.model.equality import Difference
+from attnserve_server.model.manifest import Manifest
 
 FIRST_RUN_S: Final = 120.0
 """Limit of a shape's first run, for which a provider may compile the graph."""
@@ -59,9 +67,20 @@ class RunLimits:
 class WatchedExecutor(Executor):
     """An executor whose runs are stated in a pulse."""
 
-    def __init__(self, *arguments: Any, pulse: Pulse, floor_s: float, **options: Any) -> None:
-        """As `Executor`. `pulse`: of the process. `floor_s`: the least limit of a run, in seconds."""
+    def __init__(
+        self, *arguments: Any, pulse: Pulse, floor_s: float, observer: Observer | None = None, **options: Any
+    ) -> None:
+        """As `Executor`.
+
+        Args:
+            arguments: as `Executor`.
+            pulse: of the process.
+            floor_s: the least limit of a run, in seconds.
+            observer: counts row features; None: they are not counted.
+            options: as `Executor`.
+        """
         super().__init__(*arguments, **options)
+        self._observer = observer
         self._pulse = pulse
         self._limits = RunLimits(floor_s, self.provider)
 
@@ -73,7 +92,10 @@ class WatchedExecutor(Executor):
             fault = fault_of(sequences)
             if fault is not None:
                 await self._threads[instance].run(fault)
-            return await super().run(sequences, handle, instance, alone=alone)
+            outcomes = await super().run(sequences, handle, instance, alone=alone)
+        if self._observer is not None and self._observer.found:
+            self._observer.flush()
+        return outcomes
 
     async def repeat(
         self, sequence: PreparedSequence, served: Mapping[str, Array], handle: RunHandle, instance: int
@@ -81,6 +103,34 @@ class WatchedExecutor(Executor):
         """Repeat a sequence, as `Executor.repeat`."""
         with self._stated([sequence], instance, is_repeat=True):
             return await super().repeat(sequence, served, handle, instance)
+
+    def _timed(
+        self, sequences: Sequence[PreparedSequence], handle: RunHandle, instance: int, counts: Counts
+    ) -> tuple[list[Outcome], TimedRun | None]:
+        """Run a batch, as `Executor._timed`, with the taps of the sequences that are drawn."""
+        if self._observer is not None and self._observer.share:
+            sequences = self._observer.drawn(sequences)
+        return super()._timed(sequences, handle, instance, counts)
+
+    def _outcome(
+        self,
+        manifest: Manifest,
+        batch: CollatedBatch,
+        fetched: dict[str, Array],
+        row: int,
+        sequence: PreparedSequence,
+        facts: RunFacts,
+        counts: Counts,
+        *,
+        finite: bool,
+    ) -> Outcome:
+        """Make one sequence's result, as `Executor._outcome`, and count its row features."""
+        observer, selection = self._observer, sequence.attention
+        if observer is not None and selection is not None and (selection.features or observer.share):
+            observer.observe(batch, fetched, row, sequence)
+            if isinstance(selection, Drawn):
+                sequence = replace(sequence, attention=None)
+        return super()._outcome(manifest, batch, fetched, row, sequence, facts, counts, finite=finite)
 
     @contextmanager
     def _stated(

@@ -33,7 +33,7 @@ from attnserve_server.model.frozen import (
 )
 from attnserve_server.model.heads import EmbeddingSpec, HeadSpec, check_task
 from attnserve_server.model.past import PastSpec
-from attnserve_server.model.report import CheckReport, GoldenSpec, Provenance
+from attnserve_server.model.report import CheckReport, GoldenSpec, Provenance, ReferenceFeatures
 from attnserve_server.model.specs import (
     AxisSpec,
     DerivedLength,
@@ -178,6 +178,7 @@ class Manifest(Frozen):
     provenance: Provenance
     check: CheckReport
     golden: GoldenSpec | None = None
+    reference_features: ReferenceFeatures | None = None  # None: not a model of text, or of an earlier release
     certificate: Certificate | None = None
     past: PastSpec | None = None
     """The continuing graph of a decoder with a cache; None: sequences have no past."""

@@ -1,4 +1,4 @@
-"""Parts of a manifest that record its conversion: the source, the final check, and each optional step.
+"""Parts of a manifest that record its conversion: the source, the final check, each optional step, row features.
 
 An unknown field, and an error or a time that is not finite, raise pydantic's ValidationError.
 """
@@ -6,10 +6,11 @@ An unknown field, and an error or a time that is not finite, raise pydantic's Va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
+from attnserve_server.domain.values import AttentionFeature
 from attnserve_server.model.frozen import Frozen, Sha256
 
 
@@ -232,3 +233,27 @@ class CheckReport(Frozen):
     trials: tuple[TrialReport, ...] = ()
     requantize: RequantizeReport | None = None
     quality: QualityReport | None = None
+
+
+class ReferenceFeatures(Frozen):
+    """The distributions of row features on known texts, with which those of requests are compared.
+
+    Args:
+        inputs: the texts, in words.
+        sequences: how many there are.
+        buckets: upper bounds of the buckets of each feature, ascending; the last bucket has none.
+        sites: by site and feature, the number of rows in each bucket, over all heads.
+    """
+
+    inputs: str
+    sequences: Annotated[int, Field(ge=1)]
+    buckets: dict[AttentionFeature, tuple[float, ...]]
+    sites: dict[str, dict[AttentionFeature, tuple[Annotated[int, Field(ge=0)], ...]]]
+
+    @model_validator(mode="after")
+    def _counts_fit_buckets(self) -> Self:
+        for site, features in self.sites.items():
+            for feature, counts in features.items():
+                if len(counts) != len(self.buckets.get(feature, ())) + 1:
+                    raise ValueError(f"reference_features: {site} has {len(counts)} counts of {feature}")
+        return self

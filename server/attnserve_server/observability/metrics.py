@@ -195,7 +195,7 @@ class ModelMetrics:
     """One model's series with their labels resolved once, so that a run looks up no label. Event loop only."""
 
     def __init__(self, metrics: Metrics, model: str, version: str) -> None:
-        self._metrics = metrics
+        self._metrics = self.server = metrics
         self._labels = (model, version)
         self.tracing = metrics.tracing
         self.sequences = metrics.counter(SEQUENCES).labels(*self._labels)

@@ -1,9 +1,11 @@
-"""The metrics of bounds, refusals, files that are loaded again, and audit lines; all others are in `metrics`."""
+"""The metrics of bounds, refusals, files that are loaded again, and row features; all others are in `metrics`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
+from attnserve_server.domain.values import AttentionFeature
 from attnserve_server.observability.tally import Counter, Gauge, Histogram, MetricSpec
 
 CONNECTIONS_DROPPED: Final = MetricSpec(
@@ -69,4 +71,61 @@ AUDIT_LINES: Final = MetricSpec(
     "attnserve_audit_lines_total",
     "Lines of `--audit-log` that were `written`, or `dropped`, because the disk was full or slower than requests came.",
     ("result",),
+)
+_SITE_KIND: Final = ("model", "version", "kind")
+_SHARES: Final = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+ATTENTION_ENTROPY: Final = MetricSpec(
+    Histogram,
+    "attnserve_attention_entropy_nats",
+    "Entropy of each row of attention weights of each head, of requests that select features of each head, and of "
+    "those that `--feature-sample` draws. `kind`: self, causal or cross.",
+    _SITE_KIND,
+    (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0),
+    "a row over S keys has at most ln S nats: 3.5 for 32 keys, 6.2 for 512",
+)
+ATTENTION_TOP1: Final = MetricSpec(
+    Histogram,
+    "attnserve_attention_top1_ratio",
+    "Greatest weight of each of these rows.",
+    _SITE_KIND,
+    _SHARES,
+    "a share: tenths, and finer where rows are flat or attend to one key",
+)
+ATTENTION_FIRST: Final = MetricSpec(
+    Histogram,
+    "attnserve_attention_first_token_ratio",
+    "Weight of the first key, which is often an attention sink, in each of these rows.",
+    _SITE_KIND,
+    _SHARES,
+    "as for the greatest weight",
+)
+ATTENTION_DISTANCE: Final = MetricSpec(
+    Histogram,
+    "attnserve_attention_distance_tokens",
+    "Mean distance of the keys from the query, by weight, of each of these rows. None for cross-attention.",
+    _SITE_KIND,
+    (0.5, 1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0),
+    "steps of about two: heads attend to neighbours, or over a whole text",
+)
+FEATURES: Final[Mapping[AttentionFeature, MetricSpec]] = {
+    AttentionFeature.ENTROPY: ATTENTION_ENTROPY,
+    AttentionFeature.TOP1_SHARE: ATTENTION_TOP1,
+    AttentionFeature.FIRST_TOKEN: ATTENTION_FIRST,
+    AttentionFeature.MEAN_DISTANCE: ATTENTION_DISTANCE,
+}
+"""The histogram of each row feature."""
+ATTENTION_OBSERVED: Final = MetricSpec(
+    Counter,
+    "attnserve_attention_observed_total",
+    "Sequences whose row features were counted: those that `selected` features, and those that were `sampled`; and "
+    "those that were drawn and `skipped`, because the maps of one site exceed the memory limit.",
+    ("model", "version", "source"),
+)
+ATTENTION_DRIFT: Final = MetricSpec(
+    Gauge,
+    "attnserve_attention_drift",
+    "Population stability index of a row feature: of the last sequences that were counted, against "
+    "`reference_features` of the bundle, as the mean over its sites. Below 0.1: the same distribution; above 0.25: "
+    "another one.",
+    ("model", "version", "feature"),
 )

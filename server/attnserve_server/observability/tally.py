@@ -99,6 +99,11 @@ class HistogramSeries:
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """Add observations that were counted elsewhere. `counts`: by bucket, the last one without a bound."""
+        self.counts = [own + other for own, other in zip(self.counts, counts, strict=True)]
+        self.total += total
+
     def exemplify(self, value: float, trace_id: str) -> None:
         """Name the trace of an observation, in addition to `observe`."""
         self.exemplars[bisect_left(self.bounds, value)] = trace_id, value, _now()
