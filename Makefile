@@ -19,7 +19,7 @@ DEMO := .demo
 DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve quick test coverage browser check format e2e dist changelog proto client docs bench acceptance peers complexity \
+.PHONY: help demo serve quick test coverage browser check format e2e dist changelog proto client docs site bench acceptance peers complexity \
 	batching foreign foreign-short clients schemas types fuzz fuzz-short fuzz-batching faults faults-full soak image clean
 
 help: ## List the targets
@@ -78,7 +78,7 @@ browser: $(VENV)/.dev $(DEMO_BUNDLE) ## Test the explorer in Chromium (ATTNSERVE
 	@$(PIP) install --quiet $(CONSTRAINTS) --editable '.[browser]'
 	ATTNSERVE_BROWSER_REPOSITORY=$(abspath $(DEMO)/models) timeout 540 $(BIN)/python -m pytest -m browser tests/browser $(PYTEST_ARGS)
 
-check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, contract, generated files, prose, spelling
+check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, contract, generated files, site, prose, spelling
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
@@ -89,6 +89,7 @@ check: $(VENV)/.dev ## All gates but the tests: format, lint, types, layers, con
 	$(BIN)/python client/unasync.py --check
 	$(BIN)/python client/offline.py --check
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/site.py
 	$(BIN)/python docs/prose.py
 	$(BIN)/codespell $(SOURCES) deploy findings .github changelog.d *.md *.toml Makefile Dockerfile buf.yaml
 	$(BIN)/hadolint Dockerfile
@@ -107,6 +108,9 @@ client: $(VENV)/.dev ## Generate the client for threads, and the script of the o
 
 docs: $(VENV)/.dev ## Generate the reference pages of docs/
 	$(BIN)/python docs/generate.py
+
+site: $(VENV)/.dev ## Build the documentation site into .site/html (SITE_ARGS=--serve serves it)
+	$(BIN)/python docs/site.py $(SITE_ARGS)
 
 bench: $(VENV)/.dev $(DEMO_BUNDLE) ## Measure the cost of unselected taps, and responses on the wire
 	@$(BIN)/python -m bench.run --repository $(DEMO)/models
@@ -178,4 +182,4 @@ image: ## Build the CPU image with buildah (TARGET=gpu for the GPU one)
 		--build-arg REVISION=$$(git rev-parse HEAD) --tag localhost/attnserve:$(or $(TARGET),cpu) .
 
 clean: ## Remove what make made, the virtual environment included
-	rm -rf $(VENV) $(DEMO) .e2e dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
+	rm -rf $(VENV) $(DEMO) .e2e .site dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*

@@ -1,8 +1,9 @@
-"""Try the built distributions as a user would: their content, the base install, and a server from the extra `server`.
+"""Try the built distributions as a user would: content, base install, a server, and the quick start.
 
 Each install is made in an empty environment in a temporary folder, with dependencies from the package index. The server
-serves the tiny model of tests/support. The folder DIST (default: dist) must hold one wheel and one sdist; any other
-number raises ValueError. Exit code 1 if a check or an install fails.
+serves the tiny model of tests/support. docs/quick-start.md is followed word for word, up to the map of a model; its
+environment finds the dependencies in that of this interpreter, because torch is large. The folder DIST (default:
+dist) must hold one wheel and one sdist; any other number raises ValueError. Exit code 1 if a check or an install fails.
 
 python deploy/try_dist.py [DIST]
 """
@@ -15,13 +16,16 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
+import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 NEEDED = (
@@ -130,6 +134,85 @@ def check_server(wheel: Path, version: str, folder: Path, repository: Path) -> N
         served.expect('"embedding"', 0, "attnserve", "infer", "tiny", "the cat sat", "--json", "--server", target)
 
 
+def check_quick_start(dist: Path, version: str, folder: Path) -> None:
+    """Follow docs/quick-start.md in two terminals, with a tiny checkpoint as the reader's model. Raises Failed."""
+    folder.mkdir()
+    checkpoints = [sys.executable, str(ROOT / "examples/tiny_checkpoints.py"), str(folder / "checkpoints")]
+    subprocess.run(checkpoints, check=True, timeout=COMMAND_TIMEOUT_S, stdout=subprocess.DEVNULL)
+    (folder / "checkpoints/embedder").rename(folder / "my-model")
+    ports, (first, second) = folder / "ports.json", quick_start()
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "ATTNSERVE"))}
+    variables |= {
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+        "PYTHONPATH": str(dependencies(folder / "dependencies")),
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(dist),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "ATTNSERVE_PORTS_FILE": str(ports),
+        **{f"ATTNSERVE_{name}_PORT": "0" for name in ("GRPC", "HTTP", "REST")},
+    }
+    with (
+        (folder / "first.log").open("w+") as log,
+        subprocess.Popen(
+            ["bash", "-e", "-c", first], cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True
+        ) as terminal,
+    ):
+        try:
+            wait_for(ports, terminal, COMMAND_TIMEOUT_S, (folder / "first.log").read_text)
+            found = json.loads(ports.read_text())
+            variables["ATTNSERVE_SERVER"] = f"127.0.0.1:{found['grpc']}"
+            line = ["bash", "-e", "-c", f"{second}attnserve --version\n"]
+            done = subprocess.run(
+                line, cwd=folder, env=variables, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+            )
+            for expected in ("mine", "strongest links", "looks at", version):
+                if done.returncode != 0 or expected not in done.stdout:
+                    raise Failed(f"the quick start does not show {expected!r}: {done.stdout}{done.stderr}")
+            if not (folder / "map.html").read_text(encoding="utf-8").startswith("<!doctype html>"):
+                raise Failed("the quick start writes no page")
+            with urllib.request.urlopen(f"http://127.0.0.1:{found['rest']}/explore", timeout=10) as page:
+                page.read()
+        finally:
+            os.killpg(terminal.pid, signal.SIGINT)  # Ctrl-C
+            terminal.wait(timeout=START_TIMEOUT_S)
+
+
+def quick_start() -> tuple[str, str]:
+    """Return what a reader of docs/quick-start.md types into the first terminal, which serves, and into the second."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    from blocks import blocks_of  # noqa: PLC0415 - found by the line above
+
+    page = ROOT / "docs/quick-start.md"
+    texts = [block.text for block in blocks_of(page.read_text(encoding="utf-8"), page.name)]
+    (serves,) = (at for at, text in enumerate(texts) if text.startswith("attnserve-server serve"))
+    return "".join(texts[: serves + 1]), "".join(texts[serves + 1 :])
+
+
+def dependencies(folder: Path) -> Path:
+    """Make a folder of links to all packages of this interpreter but attnserve and pip, and return it."""
+    folder.mkdir()
+    own = re.compile(r"_?(attnserve|pip)\b.*|__pycache__|.*\.pth")
+    for package in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not own.fullmatch(package.name):
+            (folder / package.name).symlink_to(package)
+    return folder
+
+
+def wait_for(ports: Path, process: subprocess.Popen[Any], timeout_s: float, log: Callable[[], str]) -> None:
+    """Wait until a server has written its ports. Raises Failed, with the log, if it ends or takes too long."""
+    until = time.monotonic() + timeout_s
+    while not (ports.exists() and ports.stat().st_size):
+        if process.poll() is not None or time.monotonic() > until:
+            raise Failed(f"the server did not start: {log()}")
+        time.sleep(0.05)
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """Kill a process, and return what it printed."""
+    process.kill()
+    return str(process.communicate())
+
+
 @contextmanager
 def serving(environment: Environment, repository: Path, ports: Path) -> Iterator[str]:
     """Serve `repository` on a free loopback port and yield the target; then check that SIGTERM ends it with 0."""
@@ -147,12 +230,7 @@ def serving(environment: Environment, repository: Path, ports: Path) -> Iterator
     ]
     with environment.start("attnserve-server", "serve", *options) as server:
         try:
-            until = time.monotonic() + START_TIMEOUT_S
-            while not ports.exists():
-                if server.poll() is not None or time.monotonic() > until:
-                    server.kill()
-                    raise Failed(f"the server did not start: {server.communicate()}")
-                time.sleep(0.05)
+            wait_for(ports, server, START_TIMEOUT_S, lambda: ended(server))
             yield f"127.0.0.1:{json.loads(ports.read_text())['grpc']}"
             server.send_signal(signal.SIGTERM)
             output = server.communicate(timeout=START_TIMEOUT_S)
@@ -175,10 +253,11 @@ def main() -> int:
             check_base(wheel, version, Path(work, "base"))
             repository = write_tiny_repository(Path(work, "models"), write_tiny_files(Path(work)))
             check_server(wheel, version, Path(work, "server"), repository)
+            check_quick_start(dist, version, Path(work, "quick-start"))
     except Failed as failure:
         print(failure, file=sys.stderr)
         return 1
-    print(f"{wheel.name} and {sdist.name}: content, base install and server are as they should be")
+    print(f"{wheel.name} and {sdist.name}: content, base install, server and quick start are as they should be")
     return 0
 
 

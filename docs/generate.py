@@ -1,4 +1,4 @@
-"""Write four pages of reference/ from the code they describe, and two files of the Helm chart.
+"""Write pages of reference/ from the code they describe, and two files of the Helm chart.
 
 `--check` writes nothing, and exits with 1 if a page is out of date.
 
@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
+import blocks
+import reference_pages
 from annotated_types import Ge, Le, MinLen
 from attnserve_server.config import Settings, flag_of, variable_of
 from attnserve_server.config_bounds import size_text
@@ -129,6 +131,30 @@ def operators() -> str:
     )
 
 
+def command_options() -> str:
+    """Return the page of every option of both commands."""
+    opening = (
+        "Every argument and option of `attnserve-server` and `attnserve`, as `--help` prints them. "
+        "[Commands](commands.md) has their exit codes, and what they print where."
+    )
+    return f"{NOTE}\n\n# Options of the commands\n\n{opening}\n\n{reference_pages.commands()}"
+
+
+def messages() -> str:
+    """Return the page of the gRPC contract's services, messages and enums."""
+    opening = (
+        "The package `attnserve.v1`: every service, message and enum with the comments of its `.proto` file. "
+        "[The contract](contract.md) describes how they are used."
+    )
+    return f"{NOTE}\n\n# Services and messages\n\n{opening}\n\n{reference_pages.contract()}"
+
+
+def code_blocks() -> str:
+    """Return the page that counts the code blocks of all pages."""
+    opening = "Every code block of these pages runs in a test, or states why it does not."
+    return f"{NOTE}\n\n# Code blocks\n\n{opening} {blocks.page(ROOT)}"
+
+
 def chart_schema() -> str:
     """Return the schema of the chart's values, with the server's settings as they are now.
 
@@ -161,6 +187,9 @@ PAGES: dict[Path, Callable[[], str]] = {
     FOLDER / "metrics.md": metrics,
     FOLDER / "errors.md": errors,
     FOLDER / "operators.md": operators,
+    FOLDER / "command-options.md": command_options,
+    FOLDER / "messages.md": messages,
+    FOLDER / "blocks.md": code_blocks,
     CHART / "values.schema.json": chart_schema,
     CHART / "files/attnserve.rules.yml": chart_rules,
 }

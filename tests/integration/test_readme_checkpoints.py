@@ -24,7 +24,7 @@ def commands() -> list[str]:
     """Return the commands of the section, in order."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.partition("## Classifiers, rerankers and embeddings")[2].partition("\n## ")[0]
-    return [line.strip() for line in section.splitlines() if line.startswith("    ")]
+    return [line for line in section.splitlines() if line.startswith(("python ", "attnserve"))]
 
 
 def run(line: str, folder: Path, **variables: str) -> str:

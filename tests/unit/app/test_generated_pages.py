@@ -25,7 +25,9 @@ def test_check_fails_for_a_changed_page(tmp_path: Path) -> None:
     (tmp_path / "docs" / "reference").mkdir(parents=True)
     for folder in ("helm/attnserve", "prometheus/rules"):
         shutil.copytree(DOCS.parent / "deploy" / folder, tmp_path / "deploy" / folder)
-    script.write_text((DOCS / "generate.py").read_text())
+    for name in ("generate", "blocks", "reference_pages"):
+        shutil.copy(DOCS / f"{name}.py", script.with_name(f"{name}.py"))
+    shutil.copytree(DOCS.parent / "proto", tmp_path / "proto")
     line = [sys.executable, str(script)]
     subprocess.run(line, check=True, timeout=60)
     assert subprocess.run([*line, "--check"], check=False, timeout=60).returncode == 0

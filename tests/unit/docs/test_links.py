@@ -86,6 +86,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 def test_pages_and_pictures_named_in_sources_exist() -> None:
     files = [path for folder in _SOURCES for path in (ROOT / folder).rglob("*") if path.suffix in _TEXTS]
     files += [path for path in ROOT.iterdir() if path.suffix in _TEXTS or path.name == "Makefile"]
+    files.remove(ROOT / "zensical.toml")  # names pages as the site has them; its own test compares both
     missing = {
         f"{path.relative_to(ROOT)}: {mention}"
         for path in files
