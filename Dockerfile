@@ -13,6 +13,7 @@ WORKDIR /src
 RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/attnserve
 # Install the dependencies first, from the metadata and empty packages, so that a code change downloads nothing.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY deploy/pypi_readme.py deploy/pypi_readme.py
 RUN mkdir -p client/attnserve_client proto/attnserve server/attnserve_server
 
 FROM build AS build-gpu

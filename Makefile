@@ -168,9 +168,12 @@ types: ## Check the types of the explorer's modules by their JSDoc, with the pin
 e2e: $(VENV)/.dev $(DEMO_BUNDLE) ## Build the image, run it hardened, scrape it with a real Prometheus
 	ATTNSERVE_E2E_REPOSITORY=$(abspath $(DEMO)/models) $(BIN)/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
 
+# The address for the links of PyPI's page: that of origin, if it is one of the web.
+REPOSITORY ?= $(shell git remote get-url origin 2> /dev/null | sed -nE 's|^git@([^:]+):|https://\1/|; s|\.git$$||; s|^https://[^/@]*@|https://|; /^https:/p')
+
 dist: $(VENV)/.dev ## Build wheel and sdist into dist/, and try them in empty environments
 	@rm -rf dist
-	PIP_CONSTRAINT=$(abspath constraints.txt) $(BIN)/python -m build
+	ATTNSERVE_REPOSITORY='$(REPOSITORY)' PIP_CONSTRAINT=$(abspath constraints.txt) $(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python deploy/try_dist.py dist
 

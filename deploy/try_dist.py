@@ -107,6 +107,11 @@ def check_content(wheel: Path, sdist: Path) -> str:
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     missing += [f"{name} (sdist)" for name in SDIST_NEEDED if name not in packed]
+    with zipfile.ZipFile(wheel) as archive:
+        described = [archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
+    relative = [link for text in described for link in re.findall(r"\]\((?!https?:|mailto:|#)([^)]+)\)", text)]
+    if relative:
+        raise Failed(f"links of the README that PyPI cannot follow: {', '.join(relative)}")
     if missing or stray:
         raise Failed(f"missing: {', '.join(missing) or 'none'}; not for users: {', '.join(stray) or 'none'}")
     return wheel.name.split("-")[1]

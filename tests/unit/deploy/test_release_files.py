@@ -142,6 +142,35 @@ def test_missing_or_stray_file_is_refused(
         try_dist.check_content(*packed(tmp_path, wheel, try_dist.SDIST_NEEDED))
 
 
+def test_links_that_pypi_cannot_follow_are_refused(try_dist: ModuleType, tmp_path: Path) -> None:
+    wheel, sdist = packed(tmp_path, try_dist.NEEDED, try_dist.SDIST_NEEDED)
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("attnserve-0.1.0.dist-info/METADATA", "[a](https://example.org) [b](docs/README.md)")
+    with pytest.raises(try_dist.Failed, match=r"cannot follow: docs/README\.md"):
+        try_dist.check_content(wheel, sdist)
+
+
+def test_readme_of_pypi_has_absolute_links_or_none() -> None:
+    pytest.importorskip("hatchling", reason="a development tool")
+    spec = importlib.util.spec_from_file_location("pypi_readme", ROOT / "deploy" / "pypi_readme.py")
+    assert spec
+    assert spec.loader
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    text = (
+        "<!-- run-by: x -->\n![a [b] c](pictures/a.png) [page](docs/README.md#x) "
+        "[web](https://example.org) [here](#x)\n"
+    )
+    made = hook.absolute(text, "https://example.org/attnserve", "0.1.0")
+    assert made == (
+        "![a [b] c](https://example.org/attnserve/raw/v0.1.0/pictures/a.png) "
+        "[page](https://example.org/attnserve/blob/v0.1.0/docs/README.md#x) [web](https://example.org) [here](#x)\n"
+    )
+    assert hook.absolute(text, "", "0.1.0") == " page [web](https://example.org) [here](#x)\n"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not re.search(r"\]\((?!https?:|#)", hook.absolute(readme, "", "0.1.0"))
+
+
 def test_failing_command_is_reported_with_its_output(try_dist: ModuleType, tmp_path: Path) -> None:
     environment = try_dist.Environment.__new__(try_dist.Environment)
     environment.folder = tmp_path
