@@ -169,9 +169,7 @@ def forms(draw: st.DrawFn) -> Decomposed:
 
 @settings(max_examples=100)
 @given(forms())
-@example(
-    Decomposed(opset=11, scale="none", direct=True, dtype=np.float16)
-)  # no weights, of which the precision could be read
+@example(Decomposed(opset=11, scale="none", direct=True, dtype=np.float16))  # without weights to read a precision of
 def test_any_combination_equals_the_definition(case: Decomposed) -> None:
     assert_equals_definition(case)
 

@@ -18,7 +18,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     Args:
         factory: of the folder in which pytest keeps those of this run.
         name: of the folder.
-        make: fills it. Nobody may change it later.
+        make: fills it. No test may change it later.
     """
     base = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
