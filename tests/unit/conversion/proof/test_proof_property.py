@@ -90,7 +90,10 @@ def test_an_unsound_rule_is_found() -> None:
                 del node.input[1:], node.attribute[:]
         return proved_by_default(replace(graph, proto=proto))
 
-    found = {each.fault for each in Summary.of(range(GRAPHS), planted).faults}
+    changed = [
+        seed for seed in range(GRAPHS) if "CumSum" in {node.op_type for node in mixing_graph(seed).proto.graph.node}
+    ]
+    found = {each.fault for each in Summary.of(changed, planted).faults}
     assert any("running sum over the batch" in fault for fault in found)
     assert any("from the end (cumsum)" in fault for fault in found)
 
@@ -107,7 +110,8 @@ def test_an_inverted_verdict_is_found() -> None:
         ]
         return replace(proof, clauses=tuple(clauses))
 
-    faults = Summary.of(range(GRAPHS), planted).faults
+    changed = [seed for seed in range(GRAPHS) if "running rows" in mixing_graph(seed).pieces]
+    faults = Summary.of(changed, planted).faults
     assert any("running sum over the batch" in each.fault for each in faults)
 
 
