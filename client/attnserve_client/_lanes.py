@@ -46,7 +46,8 @@ class Lane:
         streams: The streams among them.
         misses: 1 and the attempts that tried it again in vain, since its last answer; 0 for a lane that works.
         failures: All that `misses` ever counted.
-        avoided_until: The time at which one attempt may try it again; on the clock of its `Lanes`, in seconds.
+        missed_at: The time of its last miss; on the clock of its `Lanes`, in seconds.
+        avoided_until: The time at which one attempt may try it again, on the same clock.
     """
 
     number: int
@@ -55,6 +56,7 @@ class Lane:
     streams: int = 0
     misses: int = 0
     failures: int = 0
+    missed_at: float = 0.0
     avoided_until: float = 0.0
 
 
@@ -153,12 +155,12 @@ class Lanes:
 
         If no server answered, or it drains, attempts avoid the lane for a while. The loss of a connection is one
         failure, of 1 token, however many turns it ends: those that ran at the loss take nothing more. So is the drain
-        of a server, also where no other address is known to work: one that was restarted may, and has yet to prove it.
+        of a server, while another address works, or may again because it last failed a while ago.
         """
         if isinstance(error, ServerUnreachable):
             return self._missed(turn, lost=is_lost_connection(error))
         if isinstance(error, NotServing) and error.state == "draining":
-            return self._missed(turn, lost=True)
+            return self._missed(turn, lost=self._others_may_work(turn))
         if error.reason:  # a server of attnserve sent it
             self.answered(turn)
         return 1.0
@@ -166,6 +168,13 @@ class Lanes:
     def others_work(self, turn: Turn) -> bool:
         """Return whether another address has a lane that is not avoided."""
         return any(lane.peer is not turn.lane.peer and not lane.misses for lane in self._lanes)
+
+    def _others_may_work(self, turn: Turn) -> bool:
+        """Return whether another address works, or last failed so long ago that its server may have returned."""
+        before = self._clock() - FIRST_AVOIDANCE_S
+        return any(
+            lane.peer is not turn.lane.peer and (not lane.misses or lane.missed_at < before) for lane in self._lanes
+        )
 
     def stalled(self, turn: Turn) -> float:
         """Record that a turn had no answer for too long, as `failed` does for a lost connection."""
@@ -178,7 +187,8 @@ class Lanes:
                 self._failing += not lane.misses
                 lane.misses += 1
                 lane.failures += 1
-                lane.avoided_until = self._clock() + _avoidance_s(lane.misses)
+                lane.missed_at = self._clock()
+                lane.avoided_until = lane.missed_at + _avoidance_s(lane.misses)
             if not lost:
                 return 1.0
             if turn.probe or turn.losses < peer.losses:

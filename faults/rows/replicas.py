@@ -29,8 +29,9 @@ FAILING_OVER: Final = Share(0.999, None)
 EXIT_FAULTED: Final = 70
 END_S: Final = float(Settings.model_fields["drain_grace_s"].default) + 2.0
 """The grace period, the second after which the process ends in any case, and one to notice it."""
-FOUND_S: Final = 3.0
-"""Seconds in which a client finds a server that was restarted: gRPC tries again after up to two."""
+FOUND_S: Final = 5.0
+"""Seconds in which a client finds a server that was restarted: gRPC connects again after up to 2.4 s, and the client
+tries a failed address every two seconds."""
 
 name_of = health_pb2.HealthCheckResponse.ServingStatus.Name
 

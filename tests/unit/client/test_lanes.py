@@ -161,16 +161,17 @@ def test_only_a_lane_without_an_answer_is_avoided(error: AttnserveError, avoided
     assert (0 not in numbers([lanes.take() for _ in range(4)])) is avoided
 
 
-def test_the_drain_of_a_server_takes_one_token_although_no_other_address_is_known_to_work() -> None:
-    lanes = Lanes(2, 1, Clock())
+@pytest.mark.parametrize(("since_s", "tokens"), [(0.5, 8.0), (1.5, 1.0)])
+def test_a_drain_takes_one_token_where_another_address_failed_a_while_ago(since_s: float, tokens: float) -> None:
+    clock = Clock()
+    lanes = Lanes(2, 1, clock)
     turns = [lanes.take() for _ in range(16)]
-    miss(lanes, next(turn for turn in turns if turn.lane.number == 1))  # restarted, and not tried since
+    miss(lanes, next(turn for turn in turns if turn.lane.number == 1))
+    clock.now += since_s  # its server may have returned, and no call has tried it since
     draining = NotServing("draining", code="UNAVAILABLE", reason="NOT_SERVING", metadata={"state": "draining"})
     refused = [turn for turn in turns if turn.lane.number == 0]
-    assert sum(lanes.failed(turn, draining) for turn in refused) == 1.0
+    assert sum(lanes.failed(turn, draining) for turn in refused) == tokens
     assert lanes.take(refused[:1]).lane.number == 1
-    late = lanes.take([turns[1], refused[0]])
-    assert sum(lanes.failed(one, draining) for one in (late, late)) == 2.0  # begun after the drain: limited as others
 
 
 def test_threads_that_take_and_leave_lose_no_count() -> None:
