@@ -75,7 +75,9 @@ def fields_of(details: bytes) -> list[str]:
 
 async def states_of(wire: Wire) -> dict[tuple[str, str], str]:
     """Return the state of each model and version."""
-    answer = pb.ListModelsResponse.FromString(await wire.channel.unary_unary(f"{SERVICE}/ListModels")(b"", timeout=10))
+    call = wire.channel.unary_unary(f"{SERVICE}/ListModels")
+    # A first connection to a busy machine may take longer than gRPC waits for it.
+    answer = pb.ListModelsResponse.FromString(await call(b"", timeout=30, wait_for_ready=True))
     return {(one.name, one.version): model_pb2.ModelState.Name(one.state) for one in answer.models}
 
 
