@@ -42,7 +42,8 @@ def test_picture_of_a_map_in_the_terminal(minilm: RunningServer, chromium: Any, 
 def test_picture_of_a_server_in_the_terminal(minilm: RunningServer, chromium: Any, tmp_path: Path) -> None:
     metrics = f"http://127.0.0.1:{minilm.http_port}/metrics"
     bench = [command("attnserve"), "bench", "minilm", "--server", minilm.target, "--duration", "60", "--callers", "8"]
-    with subprocess.Popen([*bench, "--attention-share", "0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as load:
+    bench += ["--attention-share", "0.1"]
+    with subprocess.Popen(bench, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as load:
         try:
             wait_until(lambda: answered(metrics) > 100, lambda: "no load", 60)
             line = ["top", "--once", "--interval", "5", "--server", minilm.target, "--metrics", metrics]

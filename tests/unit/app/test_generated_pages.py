@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parents[3] / "docs"
 
 
+@pytest.mark.slow  # and needs protoc, which the quick tests do without
 def test_generated_pages_are_up_to_date() -> None:
     done = subprocess.run(
         [sys.executable, str(DOCS / "generate.py"), "--check"], capture_output=True, text=True, check=False, timeout=60
@@ -20,6 +23,7 @@ def test_generated_pages_are_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow  # and needs protoc, which the quick tests do without
 def test_check_fails_for_a_changed_page(tmp_path: Path) -> None:
     script = tmp_path / "docs" / "generate.py"
     (tmp_path / "docs" / "reference").mkdir(parents=True)
