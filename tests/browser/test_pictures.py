@@ -6,31 +6,20 @@ that no test compares them.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from explored import Open, png
+from explored import Open, png, save
 from serving import RunningServer
 from two_sided_graphs import IMAGE
 
 pytestmark = pytest.mark.browser
 
-FOLDER = Path(__file__).parents[2] / "docs/pictures"
 CONTRACT = (
     "The buyer agrees to assume all liabilities, except those specifically excluded in Schedule B, which includes "
     "environmental damages from the 1995 incident."
 )
-MOST_BYTES = 200_000
-
-
-def save(page: object, name: str, tmp_path: Path, **options: object) -> None:
-    """Take a picture, into docs/pictures if the variable is set."""
-    folder = FOLDER if os.environ.get("ATTNSERVE_PICTURES") else tmp_path
-    path = folder / name
-    page.screenshot(path=path, **options)  # type: ignore[attr-defined]
-    assert 1_000 < path.stat().st_size < MOST_BYTES
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from explored import save
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
@@ -22,16 +23,6 @@ from scraping import wait_until
 from serving import RunningServer, command
 
 pytestmark = pytest.mark.browser
-
-FOLDER = Path(__file__).parents[2] / "docs/pictures"
-MOST_BYTES = 200_000
-
-
-def save(element: Any, name: str, tmp_path: Path) -> None:
-    """Take a picture of an element, into docs/pictures if the variable is set."""
-    path = (FOLDER if os.environ.get("ATTNSERVE_PICTURES") else tmp_path) / name
-    element.screenshot(path=path)
-    assert 1_000 < path.stat().st_size < MOST_BYTES
 
 
 def test_picture_of_a_map_in_the_terminal(minilm: RunningServer, chromium: Any, tmp_path: Path) -> None:

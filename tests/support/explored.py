@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,16 @@ import numpy.typing as npt
 INSTALL = "needs a browser: apt-get install chromium fonts-dejavu-core, and pip install 'attnserve[browser]'"
 LABELS = ("<img src=x onerror=alert(1)>", "plain", "\u202eevil")
 """Names of the labels of `classifier`, which must stay text."""
+
+PICTURES = Path(__file__).parents[2] / "docs/pictures"
+MOST_PICTURE_BYTES = 200_000
+
+
+def save(shown: Any, name: str, tmp_path: Path, **options: object) -> None:
+    """Take a picture of a page, or of an element, into docs/pictures if ATTNSERVE_PICTURES is set."""
+    path = (PICTURES if os.environ.get("ATTNSERVE_PICTURES") else tmp_path) / name
+    shown.screenshot(path=path, **options)
+    assert 1_000 < path.stat().st_size < MOST_PICTURE_BYTES
 
 
 @dataclass

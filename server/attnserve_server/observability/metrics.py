@@ -195,7 +195,7 @@ class ModelMetrics:
     """One model's series with their labels resolved once, so that a run looks up no label. Event loop only."""
 
     def __init__(self, metrics: Metrics, model: str, version: str) -> None:
-        self._metrics = self.server = metrics
+        self.server = metrics
         self._labels = (model, version)
         self.tracing = metrics.tracing
         self.sequences = metrics.counter(SEQUENCES).labels(*self._labels)
@@ -253,26 +253,26 @@ class ModelMetrics:
         """Count a request that ended with this gRPC status name."""
         counter = self._ended.get(code)
         if counter is None:
-            counter = self._ended[code] = self._metrics.counter(REQUESTS).labels(*self._labels, code)
+            counter = self._ended[code] = self.server.counter(REQUESTS).labels(*self._labels, code)
         counter.inc()
 
     def watch_queue(self, depth: Callable[[], float], size: Callable[[], float]) -> None:
         """Set the functions that a scrape calls for the queue's gauges: `depth` in sequences, `size` in bytes."""
-        self._metrics.gauge(QUEUE_DEPTH).labels(*self._labels).set_function(depth)
-        self._metrics.gauge(QUEUE_BYTES).labels(*self._labels).set_function(size)
+        self.server.gauge(QUEUE_DEPTH).labels(*self._labels).set_function(depth)
+        self.server.gauge(QUEUE_BYTES).labels(*self._labels).set_function(size)
 
     def refused(self, reason: str) -> None:
         """Count a request that was refused before any work."""
-        self._metrics.counter(REFUSED).labels(*self._labels, reason).inc()
+        self.server.counter(REFUSED).labels(*self._labels, reason).inc()
 
     def provider(self, provider: str, precision: str) -> None:
         """Set the execution provider and the precision in use."""
-        self._metrics.gauge(EXECUTION_PROVIDER).labels(*self._labels, provider, precision).set(1)
+        self.server.gauge(EXECUTION_PROVIDER).labels(*self._labels, provider, precision).set(1)
 
     def state(self, state: str) -> None:
         """Set the state of the model."""
         for other in ("loading", "ready", "draining", "failed"):
-            self._metrics.gauge(MODEL_STATE).labels(*self._labels, other).set(other == state)
+            self.server.gauge(MODEL_STATE).labels(*self._labels, other).set(other == state)
 
 
 class Metrics:

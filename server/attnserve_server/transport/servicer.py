@@ -55,7 +55,7 @@ QUICK_FIELDS: Final = 4_096
 """Fields of a message of more than 512 KiB that are scanned on the event loop, in about 5 ms. A message with more is
 scanned in a thread: the longest legal scan takes 0.2 s."""
 _SCANS: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scan")
-"""One thread, so that the event loop has its turn every 5 ms however many such messages come."""
+"""One thread, so that the event loop has its turn every half a millisecond however many such messages come."""
 _PROCESS: Final = uuid4().hex[:16]
 _NUMBERS: Final = count()
 """Requests without an id are named by the process and a number: a random id for each would cost a system call."""

@@ -118,15 +118,19 @@ def receive(kind: type[M], data: bytes, most: float = math.inf, *, aside: bool =
             only a part of the message was searched for such strings, because it has more than `_MAX_FIELDS` fields.
         ManyFields: A scan, or the search for a string that is not UTF-8, meets more than `most` and is not `aside`.
     """
-    turns = _Turns(most, aside=aside)
-    short, views = (data, []) if len(data) <= MAX_STRUCTURE_BYTES else _Scan(data, turns).without_data(kind.DESCRIPTOR)
+    turns = None
+    short: bytes = data
+    views: Sequence[memoryview] = ()
+    if len(data) > MAX_STRUCTURE_BYTES:
+        turns = _Turns(most, aside=aside)
+        short, views = _Scan(data, turns).without_data(kind.DESCRIPTOR)
     try:
         return Received(kind.FromString(short), len(data), views)
     except message.DecodeError:
         pass
     violations = Violations()
     budget = repeat(None, _MAX_FIELDS)
-    violations.extend(_not_utf8(data, 0, len(data), kind.DESCRIPTOR, "", budget, turns))
+    violations.extend(_not_utf8(data, 0, len(data), kind.DESCRIPTOR, "", budget, turns or _Turns(most, aside=aside)))
     violations.raise_any()
     name = kind.DESCRIPTOR
     if not length_hint(budget):
